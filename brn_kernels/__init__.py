@@ -1,0 +1,24 @@
+"""Batch Renormalization (Ioffe 2017) for PyTorch: a drop-in replacement for BatchNorm."""
+
+from .backends import available_backends, use_backend
+from .convert import convert_batchnorm, revert_to_batchnorm
+from .functional import batch_renorm
+from .modules import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .population import update_stats
+from .schedule import ClipSchedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchRenorm",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "ClipSchedule",
+    "available_backends",
+    "batch_renorm",
+    "convert_batchnorm",
+    "revert_to_batchnorm",
+    "update_stats",
+    "use_backend",
+]

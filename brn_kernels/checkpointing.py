@@ -1,0 +1,114 @@
+"""Activation checkpointing: the second run of a forward sees the running statistics the first one saw.
+
+A checkpointed region runs twice per step: once for its output, and again inside the backward, to rebuild what the
+first run did not keep. The training output depends on the running statistics from before the update, so the second
+run needs those, and must not update again. ``pre_update_statistics`` keeps a copy (three small tensors) of them
+whenever a call may be run again, and hands it out when one is.
+
+How a call is recognized, without synchronizing and without knowing the checkpointing code:
+
+- The first run of ``use_reentrant=False`` happens under saved-tensor hooks, that of ``use_reentrant=True`` under
+  no_grad. Any other call with gradients pays nothing.
+- The second run happens while the autograd engine executes a node of the graph. Nodes are numbered as they are made:
+  a call under hooks lies in the region of the executing node and was made no later than it; a call under no_grad
+  was made right after the region's node.
+- Copies live as long as the graph: they hang on its unpack hook. Those made under no_grad have no graph to hang on;
+  the newest ``_NO_GRAD_CALLS_KEPT`` of each layer are kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_NO_GRAD_CALLS_KEPT = 64
+
+Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class _Call(NamedTuple):
+    sequence: int  # of the autograd nodes, when the call was made
+    statistics: Statistics  # copies from before its update
+
+
+class _Log:
+    """The calls of one layer that may be run again."""
+
+    def __init__(self) -> None:
+        self.under_hooks: weakref.WeakKeyDictionary[Callable[..., Any], list[_Call]] = weakref.WeakKeyDictionary()
+        self.under_no_grad: deque[_Call] = deque(maxlen=_NO_GRAD_CALLS_KEPT)
+        self._run = (0, 0)  # the backward and the region now run again ...
+        self._runs_in_region = 0  # ... and how many of its calls have been
+
+    def add(self, call: _Call, unpack_hook: Callable[..., Any] | None) -> None:
+        if unpack_hook is None:
+            self.under_no_grad.append(call)
+        else:
+            self.under_hooks.setdefault(unpack_hook, []).append(call)
+
+    def first_run(self, graph_task: int, under_hooks: bool) -> Statistics | None:
+        """The statistics of the call that is being run again; None if no such call is known."""
+        node: Any = torch._C._current_autograd_node()
+        if node is None:
+            return None
+        now = node._sequence_nr()
+        hooked = [calls for calls in self.under_hooks.values() if calls]
+        candidates = [_made_by(now, hooked), _made_after(now, self.under_no_grad)]
+        calls = next(filter(None, candidates if under_hooks else reversed(candidates)), None)
+        if not calls:
+            return None
+        run = (graph_task, calls[0].sequence)
+        self._runs_in_region = self._runs_in_region + 1 if run == self._run else 0
+        self._run = run
+        return calls[self._runs_in_region % len(calls)].statistics
+
+
+def _made_by(now: int, regions: Iterable[list[_Call]]) -> list[_Call] | None:
+    """The calls of the latest region begun by ``now``, else of the first one."""
+    regions = sorted(regions, key=lambda calls: calls[0].sequence)
+    begun = [calls for calls in regions if calls[0].sequence <= now]
+    return begun[-1] if begun else next(iter(regions), None)
+
+
+def _made_after(now: int, calls: Iterable[_Call]) -> list[_Call] | None:
+    """The calls of the first region begun after ``now``."""
+    sequence = min((call.sequence for call in calls if call.sequence > now), default=None)
+    return [call for call in calls if call.sequence == sequence] or None
+
+
+_logs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # running_mean -> _Log
+
+
+def pre_update_statistics(
+    running_mean: Tensor, running_var: Tensor, num_batches_tracked: Tensor | None, clipped: Tensor | None
+) -> Statistics:
+    """The statistics a training call must use and update: these, or copies of older ones if it is run again."""
+    live = (running_mean, running_var, num_batches_tracked, clipped)
+    graph_task = torch._C._current_graph_task_id()
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    graded = torch.is_grad_enabled()
+    if graph_task == -1 and hooks is None and graded:
+        return live
+
+    log = _logs.setdefault(running_mean, _Log())
+    first = log.first_run(graph_task, hooks is not None) if graph_task != -1 else None
+    if hooks is not None or not graded:
+        sequence = torch._C._autograd._get_sequence_nr()
+        log.add(_Call(sequence, first or _copy(live)), hooks[1] if hooks is not None and graded else None)
+    return live if first is None else _copy(first)
+
+
+def _copy(statistics: Statistics) -> Statistics:
+    mean, var, counter, clipped = statistics
+    return (
+        mean.clone(),
+        var.clone(),
+        None if counter is None else counter.clone(),
+        None if clipped is None else clipped.clone(),
+    )

@@ -1,0 +1,214 @@
+"""``batch_renorm``: checks first, so that a bad call changes nothing; then autograd."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends
+from .autograd import BatchRenormFunction
+from .backends import reference
+from .checkpointing import pre_update_statistics
+from .schedule import ClipSchedule, check_limits
+
+ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "hardswish")
+
+
+def batch_renorm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.01,
+    eps: float = 1e-5,
+    *,
+    r_max: float | Tensor = 3.0,
+    d_max: float | Tensor = 5.0,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Batch Renormalization (Ioffe 2017, algorithm 1), then ``+ residual``, then the activation.
+
+    In training each channel is normalized by its batch statistics, corrected by r and d towards the running ones,
+    which are then updated in place. In evaluation this is :func:`torch.nn.functional.batch_norm`.
+
+    Args:
+        x: (N, C, *spatial), half, bfloat16, float or double, in any memory format.
+        running_mean: (C,), the mean of each channel; ``None`` (in training): batch statistics alone, as BatchNorm.
+        running_var: (C,), the variance of each channel (not the paper's standard deviation).
+        weight: (C,), gamma. Of x's dtype, or float32 for half and bfloat16 x; so are bias and the statistics.
+        bias: (C,), beta.
+        training: whether to normalize by batch statistics and update the running ones.
+        momentum: weight of the batch in the running statistics (PyTorch's convention).
+        eps: added to the variance, positive.
+        r_max: limit of r, at least 1: ``r`` is clipped to [1/r_max, r_max]. A float or a 0-d tensor; a value that
+            changes while the code is compiled should be a tensor.
+        d_max: limit of abs(d), at least 0. A float or a 0-d tensor.
+        residual: added before the activation; x's shape and dtype.
+        mask: bool, (N, *spatial) or (N, 1, *spatial): True where a value counts. Others stay out of the statistics;
+            their output is 0 and so is their gradient.
+        activation: ``None``, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"`` or ``"hardswish"``.
+
+    Returns:
+        x's shape and dtype, and its memory format if x is dense.
+
+    Raises:
+        ValueError: an argument of the wrong rank, shape, dtype, device or range; nothing has been updated then.
+    """
+    limits = None
+    if isinstance(r_max, Tensor) or isinstance(d_max, Tensor):
+        limits = torch.stack([_limit_tensor("r_max", r_max, x), _limit_tensor("d_max", d_max, x)])
+        numbers = ClipSchedule.batchnorm().numbers
+    else:
+        check_limits(r_max, d_max)
+        numbers = (float(r_max), float(d_max), 0.0, 0.0, 0.0)
+    if not isinstance(momentum, (int, float)) or not math.isfinite(momentum):
+        raise ValueError(f"momentum must be a finite number, got {momentum!r}")
+    check_eps(eps)
+    check_activation(activation)
+    return renormalize(
+        x, residual, mask, weight, bias, running_mean, running_var, None, None, limits, numbers, momentum, eps,
+        activation, training,
+    )  # fmt: skip
+
+
+def renormalize(
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    clipped: Tensor | None,
+    limits: Tensor | None,
+    schedule: tuple[float, ...],
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    training: bool,
+) -> Tensor:
+    """What ``batch_renorm`` and the layers share: check the tensors, then normalize in the mode asked for."""
+    _check_tensors(x, residual, mask, weight, bias, running_mean, running_var, training)
+    if mask is not None and mask.dim() < x.dim():
+        mask = mask.unsqueeze(1)
+    if not training:
+        return _evaluate(x, residual, mask, weight, bias, running_mean, running_var, eps, activation)
+    if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
+        running_mean, running_var, num_batches_tracked, clipped = pre_update_statistics(
+            running_mean, running_var, num_batches_tracked, clipped
+        )
+    y, _ = BatchRenormFunction.apply(
+        x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
+        momentum, eps, activation, backends.selected(),
+    )  # fmt: skip
+    return y
+
+
+def _evaluate(
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    assert running_mean is not None
+    if weight is not None and weight.dtype != running_mean.dtype:  # F.batch_norm wants one dtype for all of them
+        weight = weight.to(running_mean.dtype)
+    if bias is not None and bias.dtype != running_mean.dtype:
+        bias = bias.to(running_mean.dtype)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+    if residual is not None:
+        y = y + residual
+    y = reference.activate(y, activation)
+    return y if mask is None else torch.where(mask, y, 0)
+
+
+def check_eps(eps: float) -> None:
+    """Raise ``ValueError`` unless eps is a positive, finite number."""
+    if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
+        raise ValueError(f"eps must be a positive, finite number, got {eps!r}")
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise ``ValueError`` unless it is one of the fused activations."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
+
+
+def _limit_tensor(name: str, limit: float | Tensor, x: Tensor) -> Tensor:
+    dtype = reference.statistics_dtype(x)
+    if not isinstance(limit, Tensor):
+        return torch.full((), limit, dtype=dtype, device=x.device)
+    if limit.dim() != 0:
+        raise ValueError(f"{name} must be a float or a 0-d tensor, got a tensor of shape {tuple(limit.shape)}")
+    if limit.device != x.device:
+        raise ValueError(f"{name}: expected a tensor on {x.device} as x, got one on {limit.device}")
+    return limit.detach().to(dtype)
+
+
+def _check_tensors(
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> None:
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dim() < 2 and x.shape != (0,):  # F.batch_norm takes an empty vector too
+        raise ValueError(f"x: expected 2 or more dimensions (N, C, ...), got {x.dim()} (shape {tuple(x.shape)})")
+    channels = x.shape[1] if x.dim() > 1 else 0
+    parameter_dtypes = (x.dtype, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else (x.dtype,)
+    for name, parameter in (
+        ("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var),
+    ):  # fmt: skip
+        if parameter is None:
+            continue
+        if parameter.shape != (channels,):
+            raise ValueError(
+                f"{name}: expected shape ({channels},) for x of shape {tuple(x.shape)}, got {tuple(parameter.shape)}"
+            )
+        if parameter.dtype not in parameter_dtypes:
+            expected = " or ".join(map(str, parameter_dtypes))
+            raise ValueError(f"{name}: expected {expected} for x of {x.dtype}, got {parameter.dtype}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var: expected both or neither")
+    if running_mean is None and not training:
+        raise ValueError("running_mean and running_var: expected tensors in evaluation mode, got None")
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+        if residual.dtype != x.dtype:
+            raise ValueError(f"residual: expected x's dtype {x.dtype}, got {residual.dtype}")
+    if mask is not None:
+        without_channels = (x.shape[0], *x.shape[2:])
+        if tuple(mask.shape) not in (without_channels, (x.shape[0], 1, *x.shape[2:])):
+            raise ValueError(
+                f"mask: expected shape {without_channels} or {(x.shape[0], 1, *x.shape[2:])}"
+                f" for x of shape {tuple(x.shape)}, got {tuple(mask.shape)}"
+            )
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+    for name, tensor in (
+        ("residual", residual), ("mask", mask), ("weight", weight), ("bias", bias), ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):  # fmt: skip
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device} as x, got one on {tensor.device}")
+    if training and x.numel() == channels and channels > 0:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")

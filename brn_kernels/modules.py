@@ -1,0 +1,188 @@
+"""``BatchRenorm1d``, ``BatchRenorm2d`` and ``BatchRenorm3d``: drop-in replacements for PyTorch's BatchNorm layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import init
+from torch.nn.modules.batchnorm import _NormBase
+
+from .functional import check_activation, check_eps, renormalize
+from .schedule import ClipSchedule
+
+
+class BatchRenorm(_NormBase):
+    """Batch Renormalization over inputs of any rank from 2 (what a ``SyncBatchNorm`` is converted to).
+
+    In training, with mu_B and sigma_B of the batch and mu and sigma from the running statistics before their update::
+
+        r = clip(sigma_B / sigma, 1/r_max, r_max)        d = clip((mu_B - mu) / sigma, -d_max, d_max)
+        y = activation(weight * ((x - mu_B) / sigma_B * r + d) + bias + residual)
+
+    No gradient flows through r and d. The limits follow ``schedule`` at ``num_batches_tracked``, on the device. In
+    evaluation the layer is BatchNorm on the running statistics. Parameters, buffers and ``state_dict`` keys are those
+    of :class:`torch.nn.BatchNorm2d`. ``running_mean`` and ``running_var`` are float32 (or float64) even in a half or
+    bfloat16 model, whose small updates would otherwise be lost. The non-persistent buffer ``clipped``, (C,) bool, says
+    which channels were clipped at the last step.
+
+    Source: Ioffe, Batch Renormalization, 2017, algorithm 1.
+
+    Args:
+        num_features: C.
+        eps: added to the variance; positive.
+        momentum: weight of a batch in the running statistics; ``None`` for their cumulative average.
+        affine: whether the layer has ``weight`` and ``bias``.
+        track_running_stats: if False there are no running statistics, so the layer is BatchNorm on the batch.
+        device: of parameters and buffers.
+        dtype: of the parameters.
+        bias: if False (and affine) the layer has only ``weight``.
+        schedule: the clip limits over time; the paper's by default.
+        activation: ``None``, ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"hardswish"``, applied last.
+        process_group: must be ``None``: statistics across processes are not implemented yet.
+
+    Raises:
+        ValueError: an argument out of its range.
+        NotImplementedError: a ``process_group`` is given.
+    """
+
+    clipped: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        schedule: ClipSchedule | None = None,
+        activation: str | None = None,
+        process_group: Any = None,
+    ) -> None:
+        check_eps(eps)
+        check_activation(activation)
+        if momentum is not None and not (isinstance(momentum, (int, float)) and math.isfinite(momentum)):
+            raise ValueError(f"momentum must be None or a finite number, got {momentum!r}")
+        if schedule is not None and not isinstance(schedule, ClipSchedule):
+            raise ValueError(f"schedule must be a ClipSchedule, got {schedule!r}")
+        if process_group is not None:
+            raise NotImplementedError("process_group: statistics across processes are not implemented yet")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if affine and not bias:
+            self.register_parameter("bias", None)
+        self.schedule = ClipSchedule.paper() if schedule is None else schedule
+        self.activation = activation
+        clipped = torch.zeros(num_features, dtype=torch.bool, device=device) if track_running_stats else None
+        self.register_buffer("clipped", clipped, persistent=False)
+        self._widen_statistics()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Normalize ``x``; in training also update the running statistics.
+
+        Args:
+            x: input of the layer's rank, (N, C, *spatial).
+            residual: added before the activation; x's shape and dtype.
+            mask: bool, (N, *spatial) or (N, 1, *spatial), True where a value counts; the output is 0 elsewhere.
+
+        Returns:
+            x's shape, dtype and memory format.
+
+        Raises:
+            ValueError: an argument of the wrong rank, shape, dtype or device, or one value per channel in training;
+                nothing has been updated then.
+        """
+        self._check_input_dim(x)
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        tracked = self.track_running_stats or not training
+        return renormalize(
+            x, residual, mask, self.weight, self.bias,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.num_batches_tracked if tracked else None,
+            self.clipped if tracked else None,
+            None, self.schedule.numbers, self.momentum, self.eps, self.activation, training,
+        )  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Forget the statistics; set ``weight`` to 1 and ``bias`` to 0."""
+        self.reset_running_stats()
+        if self.affine:
+            init.ones_(self.weight)
+            if self.bias is not None:
+                init.zeros_(self.bias)
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics to mean 0 and variance 1 and the number of batches to 0."""
+        super().reset_running_stats()
+        clipped = self._buffers.get("clipped")  # not there yet while the base class is being constructed
+        if clipped is not None:
+            clipped.zero_()
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments, for ``print(model)``."""
+        text = (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}, schedule={self.schedule}"
+        )
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchRenorm:
+        before = (self.running_mean, self.running_var)
+        super()._apply(fn, recurse)
+        self._widen_statistics(*before)
+        return self
+
+    def _widen_statistics(self, wide_mean: Tensor | None = None, wide_var: Tensor | None = None) -> None:
+        """Hold half and bfloat16 statistics as float32, with the values of the tensors given, if any."""
+        for name, wide in (("running_mean", wide_mean), ("running_var", wide_var)):
+            statistic = self._buffers[name]
+            if statistic is not None and statistic.dtype in (torch.float16, torch.bfloat16):
+                source = statistic if wide is None or wide.is_meta else wide
+                self._buffers[name] = source.to(device=statistic.device, dtype=torch.float32)
+
+
+class BatchRenorm1d(BatchRenorm):
+    """Batch Renormalization of (N, C) or (N, C, L) inputs; arguments of :class:`BatchRenorm`.
+
+    Raises:
+        ValueError: an argument out of its range, or an input of another rank.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() not in (2, 3):
+            raise ValueError(f"expected 2D or 3D input (got {x.dim()}D input)")
+
+
+class BatchRenorm2d(BatchRenorm):
+    """Batch Renormalization of (N, C, H, W) inputs; arguments of :class:`BatchRenorm`.
+
+    Raises:
+        ValueError: an argument out of its range, or an input of another rank.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() != 4:
+            raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+
+
+class BatchRenorm3d(BatchRenorm):
+    """Batch Renormalization of (N, C, D, H, W) inputs; arguments of :class:`BatchRenorm`.
+
+    Raises:
+        ValueError: an argument out of its range, or an input of another rank.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() != 5:
+            raise ValueError(f"expected 5D input (got {x.dim()}D input)")

@@ -1,0 +1,61 @@
+"""The operators ``torch.ops.brn_kernels.forward`` and ``.backward``: schemas, implementations, fakes.
+
+They are what a compiled graph contains. Autograd lies outside them (``autograd.py``); the backend is looked up when
+they run, so a trace does not depend on the machine it was made on. Arguments: ``backends/reference.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.reference import statistics_dtype
+
+_library = torch.library.Library("brn_kernels", "DEF")
+_library.define(
+    "forward(Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
+    " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? clipped,"
+    " Tensor? limits, float[] schedule, float? momentum, float eps, str? activation, str backend)"
+    " -> (Tensor y, Tensor saved)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "backward(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor saved,"
+    " str? activation, bool needs_dx, bool needs_dresidual, str backend)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *rest, backend = arguments
+    return backends.resolve(backend, x.device.type).forward(x, *rest)
+
+
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *rest, backend = arguments
+    return backends.resolve(backend, x.device.type).backward(dy, x, *rest)
+
+
+@torch.library.register_fake("brn_kernels::forward", lib=_library)
+def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    channels = x.shape[1] if x.dim() > 1 else 0
+    return torch.empty_like(x), x.new_empty(4, channels, dtype=statistics_dtype(x))
+
+
+@torch.library.register_fake("brn_kernels::backward", lib=_library)
+def _fake_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    saved, _, needs_dx, needs_dresidual, _ = arguments[4:]
+    dweight, dbias = saved.new_empty(saved.shape[1]), saved.new_empty(saved.shape[1])
+    dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
+    dresidual = torch.empty_like(x) if needs_dresidual else x.new_empty(0)
+    return dx, dweight, dbias, dresidual
+
+
+forward = torch.ops.brn_kernels.forward.default
+backward = torch.ops.brn_kernels.backward.default
