@@ -1,0 +1,224 @@
+"""From BatchNorm layers to Batch Renormalization and back, anywhere in a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from .backends import reference
+from .modules import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .schedule import ClipSchedule
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def convert_batchnorm(model: _Model, *, schedule: ClipSchedule | None = None, momentum: float | None = 0.01) -> _Model:
+    """Replace every BatchNorm layer in ``model`` by Batch Renormalization, in place.
+
+    Converts ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm``, lazy ones once materialized, and timm's ``BatchNormAct2d``
+    and ``SyncBatchNormAct`` (which keep their ``drop`` and ``act``). Parameters and statistics are kept by identity
+    (an optimizer made before goes on working; half statistics become float32), and so are hooks, the training flag,
+    eps and everything else set on the layer. ``num_batches_tracked`` is kept too: the schedule continues from it.
+
+    Args:
+        model: any module; if it is itself a BatchNorm layer, use what is returned.
+        schedule: the clip limits over time; the paper's by default.
+        momentum: of the new layers, ``None`` for a cumulative average. Not taken from the old ones: PyTorch's 0.1
+            follows single batches too closely to be normalized by.
+
+    Returns:
+        ``model``, or the new layer if ``model`` is one.
+
+    Raises:
+        ValueError: a lazy layer has not been materialized, or a layer's eps is not positive; nothing is converted then.
+
+    Warns:
+        UserWarning: a subclass of BatchNorm that is not known here was left as it is; or a ``SyncBatchNorm`` was
+            converted, whose statistics will be each process's own.
+    """
+    schedule = ClipSchedule.paper() if schedule is None else schedule
+
+    def converted(layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, _BatchNorm):
+            return None
+        if isinstance(layer, LazyModuleMixin):
+            raise ValueError(f"{type(layer).__name__} has no shape yet: run a batch through the model, then convert it")
+        new_type = _renorm_type(layer)
+        if new_type is None:
+            warnings.warn(f"{type(layer).__name__} left as it is: not a BatchNorm known to behave alike", stacklevel=3)
+            return None
+        if isinstance(layer, nn.SyncBatchNorm):
+            warnings.warn("SyncBatchNorm converted: statistics are now each process's own", stacklevel=3)
+        new = new_type(layer.num_features, layer.eps, momentum, schedule=schedule, device="meta")
+        _move(layer, new, leave=("momentum",))
+        if (running_mean := new.running_mean) is not None:
+            new.clipped = torch.zeros(new.num_features, dtype=torch.bool, device=running_mean.device)
+        else:
+            new.clipped = None
+        new._widen_statistics()
+        return new
+
+    return _replace(model, converted)
+
+
+def revert_to_batchnorm(model: _Model) -> _Model:
+    """Replace every Batch Renormalization layer in ``model`` by BatchNorm, in place: for deployment.
+
+    In evaluation mode the model computes the same as before. Kept: what :func:`convert_batchnorm` keeps, momentum
+    too. A layer with an activation becomes a subclass of its BatchNorm that activates (and takes a residual). A plain
+    BatchNorm takes neither ``residual`` nor ``mask``: a model that passes these calls the layers as they are.
+
+    Args:
+        model: any module; if it is itself a Batch Renormalization layer, use what is returned.
+
+    Returns:
+        ``model``, or the new layer if ``model`` is one.
+
+    Raises:
+        ValueError: the statistics of a half layer do not fit its dtype (BatchNorm wants one dtype for all); nothing is
+            reverted then.
+
+    Warns:
+        UserWarning: a subclass of ``BatchRenorm`` that is not known here was left as it is.
+    """
+
+    def reverted(layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, BatchRenorm):
+            return None
+        new_type = _batchnorm_type(layer)
+        if new_type is None:
+            warnings.warn(f"{type(layer).__name__} left as it is: not a layer of brn_kernels", stacklevel=3)
+            return None
+        new = new_type(layer.num_features, device="meta")
+        _move(layer, new, leave=("schedule", "clipped") if layer.activation else ("schedule", "clipped", "activation"))
+        _narrow_statistics(new)
+        return new
+
+    return _replace(model, reverted)
+
+
+class _DropAndAct:
+    """What timm's ``BatchNormAct2d`` adds to a BatchNorm: ``act(drop(y))``."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        y = super().forward(x, *arguments, **keywords)  # type: ignore[misc]
+        return self.act(self.drop(y))
+
+
+class BatchRenormAct2d(_DropAndAct, BatchRenorm2d):
+    """What timm's ``BatchNormAct2d`` is converted to."""
+
+
+class BatchRenormAct(_DropAndAct, BatchRenorm):
+    """What timm's ``SyncBatchNormAct`` is converted to."""
+
+
+class _Activating:
+    """A BatchNorm that adds a residual and activates, as the layer it was reverted from did."""
+
+    activation: str
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(x)  # type: ignore[misc]
+        return reference.activate(y if residual is None else y + residual, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"  # type: ignore[misc]
+
+
+class ActivatingBatchNorm1d(_Activating, nn.BatchNorm1d):
+    """What a ``BatchRenorm1d`` with an activation is reverted to."""
+
+
+class ActivatingBatchNorm2d(_Activating, nn.BatchNorm2d):
+    """What a ``BatchRenorm2d`` with an activation is reverted to."""
+
+
+class ActivatingBatchNorm3d(_Activating, nn.BatchNorm3d):
+    """What a ``BatchRenorm3d`` with an activation is reverted to."""
+
+
+class ActivatingSyncBatchNorm(_Activating, nn.SyncBatchNorm):
+    """What a ``BatchRenorm`` with an activation is reverted to."""
+
+
+_RENORM_OF: dict[type[nn.Module], type[BatchRenorm]] = {
+    nn.BatchNorm1d: BatchRenorm1d,
+    nn.BatchNorm2d: BatchRenorm2d,
+    nn.BatchNorm3d: BatchRenorm3d,
+    nn.SyncBatchNorm: BatchRenorm,
+    ActivatingBatchNorm1d: BatchRenorm1d,
+    ActivatingBatchNorm2d: BatchRenorm2d,
+    ActivatingBatchNorm3d: BatchRenorm3d,
+    ActivatingSyncBatchNorm: BatchRenorm,
+}
+_RENORM_OF_TIMM: dict[str, type[BatchRenorm]] = {
+    "BatchNormAct2d": BatchRenormAct2d,
+    "SyncBatchNormAct": BatchRenormAct,
+}
+_BATCHNORM_OF: dict[type[nn.Module], tuple[type[_BatchNorm], type[_BatchNorm]]] = {  # without, with an activation
+    BatchRenorm1d: (nn.BatchNorm1d, ActivatingBatchNorm1d),
+    BatchRenorm2d: (nn.BatchNorm2d, ActivatingBatchNorm2d),
+    BatchRenorm3d: (nn.BatchNorm3d, ActivatingBatchNorm3d),
+    BatchRenorm: (nn.SyncBatchNorm, ActivatingSyncBatchNorm),
+}
+_TIMM_NAME_OF = {renorm: name for name, renorm in _RENORM_OF_TIMM.items()}
+
+
+def _renorm_type(layer: _BatchNorm) -> type[BatchRenorm] | None:
+    layer_type = type(layer)
+    if layer_type.__module__.startswith("timm."):
+        return _RENORM_OF_TIMM.get(layer_type.__name__)
+    return _RENORM_OF.get(layer_type)
+
+
+def _batchnorm_type(layer: BatchRenorm) -> type[_BatchNorm] | None:
+    if name := _TIMM_NAME_OF.get(type(layer)):
+        import timm.layers
+
+        return getattr(timm.layers, name)
+    plain, activating = _BATCHNORM_OF.get(type(layer), (None, None))
+    return plain if layer.activation is None else activating
+
+
+def _replace(model: _Model, replacement: Callable[[nn.Module], nn.Module | None]) -> _Model:
+    """Put ``replacement(layer)`` for each layer where that is not None: all are made before any is put in place."""
+    new = {layer: made for layer in model.modules() if (made := replacement(layer)) is not None}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in new:
+                parent._modules[name] = new[child]
+    return new.get(model, model)  # type: ignore[return-value]
+
+
+def _move(old: nn.Module, new: nn.Module, leave: tuple[str, ...]) -> None:
+    """Give ``new`` all that ``old`` carries (hooks, flags, parameters, buffers), by identity, except ``leave``."""
+    for name, value in vars(old).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            getattr(new, name).update({key: item for key, item in value.items() if key not in leave})
+        elif name not in leave and name != "_non_persistent_buffers_set":
+            new.__dict__[name] = value
+
+
+def _narrow_statistics(layer: _NormBase) -> None:
+    """Give the statistics the parameters' dtype, if that is a half: BatchNorm's kernels want one dtype."""
+    parameter = layer.weight
+    if parameter is None or parameter.dtype not in (torch.float16, torch.bfloat16):
+        return
+    for name in ("running_mean", "running_var"):
+        wide = layer._buffers[name]
+        if wide is None:
+            continue
+        narrow = wide.to(parameter.dtype)
+        if not narrow.is_meta and bool((narrow.isinf() & wide.isfinite()).any()):
+            raise ValueError(f"{name} does not fit {parameter.dtype}: call model.float() before reverting")
+        layer._buffers[name] = narrow
