@@ -50,7 +50,7 @@ class ClipSchedule:
 
     @classmethod
     def paper(cls) -> ClipSchedule:
-        """The schedule of the paper's ImageNet training (about 160,000 steps)."""
+        """The schedule of the paper's ImageNet training."""
         return cls()
 
     @classmethod
@@ -72,8 +72,8 @@ class ClipSchedule:
     def for_training(cls, total_steps: int) -> ClipSchedule:
         """The paper's schedule scaled to a training of ``total_steps``.
 
-        The paper trained for about 160,000 steps; so the limits are closed for 1/32 of the training, d reaches its
-        limit at 5/32 and r at 1/4. ``for_training(160_000)`` is ``paper()``.
+        Limits are closed for 1/32 of the training, d reaches its limit at 5/32 and r at 1/4, so that
+        ``for_training(160_000)`` is ``paper()``.
         """
         if not (isinstance(total_steps, (int, float)) and math.isfinite(total_steps) and total_steps >= 1):
             raise ValueError(f"total_steps must be a finite number of at least 1, got {total_steps!r}")
