@@ -8,40 +8,43 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends import reference
+from .backends import layout, reference
 
 
 class BatchRenormFunction(torch.autograd.Function):
     """Training-mode Batch Renormalization; gradients for x, residual, weight and bias, with r and d constant.
 
-    The arguments are those of ``ops.forward``; the first output is y, the second the statistics the backward needs.
+    The arguments are those of ``ops.forward``; the first output is y, the others are what the backward needs.
     """
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
         return ops.forward(*arguments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: D102
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: D102
         x, residual, mask, weight, bias = inputs[:5]
         ctx.eps, ctx.activation, ctx.backend = inputs[12:]
-        ctx.mark_non_differentiable(output[1])
+        _, saved, bits = output
+        ctx.mark_non_differentiable(saved, bits)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, residual if ctx.activation else None, mask, weight, bias, output[1])
+        if ctx.activation is None or reference.keeps_bits(residual, ctx.activation):
+            residual = None  # the backward does without it
+        ctx.save_for_backward(x, residual, mask, weight, bias, saved, bits)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # noqa: D102
         untouched = (None,) * 10
         if dy is None:
             return (None,) * 5 + untouched
-        x, residual, mask, weight, bias, saved = ctx.saved_tensors
+        x, residual, mask, weight, bias, saved, bits = ctx.saved_tensors
         needs_dx, needs_dresidual, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, dy, x, residual, mask, weight, bias, saved) + untouched
+            return _differentiable_backward(ctx, dy, x, residual, mask, weight, bias, saved, bits) + untouched
 
         dresidual_is_dy = needs_dresidual and ctx.activation is None and mask is None
         dx, dweight, dbias, dresidual = ops.backward(
-            dy, x, residual, mask, weight, bias, saved, ctx.activation,
+            dy, x, residual, mask, weight, bias, saved, bits, ctx.activation,
             needs_dx, needs_dresidual and not dresidual_is_dy, ctx.backend,
         )  # fmt: skip
         return (
@@ -63,17 +66,21 @@ def _differentiable_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
+    bits: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """The backward under ``create_graph=True``: itself made of differentiable operations."""
+    activation = ctx.activation
+    if bits.numel() > 0:
+        dy, activation = torch.where(layout.unpack_bits(bits, x), dy, 0), None
     inputs = [x, residual, mask, weight, bias]
     # aliases, so that a tensor given twice (as x and as residual) gets each gradient apart
     aliases = [None if t is None else t.view_as(t) for t in inputs]
-    y = reference.composed(*aliases, saved, ctx.eps, ctx.activation)  # type: ignore[arg-type, call-arg]
+    y = reference.composed(*aliases, saved, ctx.eps, activation)  # type: ignore[arg-type, call-arg]
     wanted = {i: t for i, t in enumerate(aliases) if t is not None and ctx.needs_input_grad[i]}
     gradients: list[Tensor | None] = [None] * 5
     found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=True, allow_unused=True)
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
-    if ctx.needs_input_grad[1] and residual is None:  # without an activation it is not saved: its gradient is dy
+    if ctx.needs_input_grad[1] and residual is None:  # not saved, since its gradient is dy'
         gradients[1] = dy if mask is None else torch.where(mask, dy, 0)
     return tuple(gradients)

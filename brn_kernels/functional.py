@@ -105,7 +105,7 @@ def renormalize(
         running_mean, running_var, num_batches_tracked, clipped = pre_update_statistics(
             running_mean, running_var, num_batches_tracked, clipped
         )
-    y, _ = BatchRenormFunction.apply(
+    y, *_ = BatchRenormFunction.apply(
         x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
         momentum, eps, activation, backends.selected(),
     )  # fmt: skip

@@ -12,26 +12,27 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.reference import statistics_dtype
+from .backends.layout import bits_shape
+from .backends.reference import keeps_bits, statistics_dtype
 
 _library = torch.library.Library("brn_kernels", "DEF")
 _library.define(
     "forward(Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? clipped,"
     " Tensor? limits, float[] schedule, float? momentum, float eps, str? activation, str backend)"
-    " -> (Tensor y, Tensor saved)",
+    " -> (Tensor y, Tensor saved, Tensor bits)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     "backward(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor saved,"
-    " str? activation, bool needs_dx, bool needs_dresidual, str backend)"
+    " Tensor bits, str? activation, bool needs_dx, bool needs_dresidual, str backend)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
-def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, backend = arguments
     return backends.resolve(backend, x.device.type).forward(x, *rest)
 
@@ -43,14 +44,18 @@ def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, T
 
 
 @torch.library.register_fake("brn_kernels::forward", lib=_library)
-def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    activation, _ = rest[-2:]
     channels = x.shape[1] if x.dim() > 1 else 0
-    return torch.empty_like(x), x.new_empty(4, channels, dtype=statistics_dtype(x))
+    saved = x.new_empty(4, channels, dtype=statistics_dtype(x))
+    kept = keeps_bits(residual, activation) and x.numel() > 0
+    bits = x.new_empty(bits_shape(x) if kept else (0,), dtype=torch.uint8)
+    return torch.empty_like(x), saved, bits
 
 
 @torch.library.register_fake("brn_kernels::backward", lib=_library)
 def _fake_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    saved, _, needs_dx, needs_dresidual, _ = arguments[4:]
+    saved, _, _, needs_dx, needs_dresidual, _ = arguments[4:]
     dweight, dbias = saved.new_empty(saved.shape[1]), saved.new_empty(saved.shape[1])
     dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
     dresidual = torch.empty_like(x) if needs_dresidual else x.new_empty(0)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..schedule import limits_at
+from . import layout
 
 LEAKY_RELU_SLOPE = 0.01  # nn.LeakyReLU's default
 
@@ -36,19 +37,21 @@ def forward(
     momentum: float | None,
     eps: float,
     activation: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize in training mode and update the running statistics in place.
 
     The clip limits are ``limits`` (r_max, d_max) if given, else those of ``schedule`` at ``num_batches_tracked``.
 
     Returns:
-        y, and for the backward ``saved``, (4, C): batch_mean, inv_std, r, d.
+        y; and for the backward ``saved``, (4, C): batch_mean, inv_std, r, d; and ``bits``: where a ReLU after a
+        residual lets the gradient through (``layout.pack_bits``), empty without that.
     """
     y = torch.empty_like(x)
     if x.numel() == 0:
         if num_batches_tracked is not None:
             num_batches_tracked += 1
-        return y, torch.zeros(4, x.shape[1] if x.dim() > 1 else 0, dtype=statistics_dtype(x), device=x.device)
+        channels = x.shape[1] if x.dim() > 1 else 0
+        return y, torch.zeros(4, channels, dtype=statistics_dtype(x), device=x.device), empty_bits(x)
 
     batch_mean, batch_var, m = batch_statistics(x, mask)
     inv_std = torch.rsqrt(batch_var + eps)
@@ -63,7 +66,10 @@ def forward(
         else:
             r_max, d_max = limits.to(batch_mean.dtype).unbind()
         r, d, is_clipped = correction(batch_mean, batch_var, running_mean, running_var, r_max, d_max, eps)
-    y.copy_(normalize(x, residual, mask, weight, bias, batch_mean, inv_std, r, d, activation))
+    z = normalize(x, residual, weight, bias, batch_mean, inv_std, r, d)
+    bits = layout.pack_bits(~(z <= 0), x) if keeps_bits(residual, activation) else empty_bits(x)
+    z = activate(z, activation)
+    y.copy_(z if mask is None else torch.where(mask, z, 0))
 
     if running_mean is not None and running_var is not None:
         factor: Tensor | float
@@ -81,7 +87,7 @@ def forward(
             clipped.copy_(torch.where(has_variance, is_clipped | ~finite, clipped))
     if num_batches_tracked is not None:
         num_batches_tracked += 1
-    return y, torch.stack([batch_mean, inv_std, r, d])
+    return y, torch.stack([batch_mean, inv_std, r, d]), bits
 
 
 def backward(
@@ -92,11 +98,12 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
+    bits: Tensor,
     activation: str | None,
     needs_dx: bool,
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of ``forward``'s y, with r and d as constants.
+    """The gradients of ``forward``'s y, with r and d as constants. Where ``bits`` is kept, residual is not needed.
 
     Returns:
         dx, dweight, dbias, dresidual; dx and dresidual are empty where they are not needed.
@@ -108,8 +115,10 @@ def backward(
         return dx, torch.zeros_like(r), torch.zeros_like(r), dresidual
 
     dy = dy.to(saved.dtype)
-    if activation is not None:
-        z = normalize(x, residual, None, weight, bias, batch_mean, inv_std, r, d, None)
+    if bits.numel() > 0:
+        dy = torch.where(layout.unpack_bits(bits, x), dy, 0)
+    elif activation is not None:
+        z = normalize(x, residual, weight, bias, batch_mean, inv_std, r, d)
         dy = activation_backward(dy, z, activation)
     x_bn = (x.to(saved.dtype) - per_channel(batch_mean, x)) * per_channel(inv_std, x)
     m: Tensor | int = x.numel() // x.shape[1]
@@ -160,26 +169,21 @@ def correction(
 def normalize(
     x: Tensor,
     residual: Tensor | None,
-    mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     batch_mean: Tensor,
     inv_std: Tensor,
     r: Tensor,
     d: Tensor,
-    activation: str | None,
 ) -> Tensor:
-    """activation(gamma * (x_bn * r + d) + beta + residual), 0 where masked, in the statistics' dtype."""
+    """Return gamma * (x_bn * r + d) + beta + residual, the activation's input, in the statistics' dtype."""
     dtype = batch_mean.dtype
     z = (x.to(dtype) - per_channel(batch_mean, x)) * per_channel(inv_std * r, x) + per_channel(d, x)
     if weight is not None:
         z = z * per_channel(weight.to(dtype), x)
     if bias is not None:
         z = z + per_channel(bias.to(dtype), x)
-    if residual is not None:
-        z = z + residual.to(dtype)
-    y = activate(z, activation)
-    return y if mask is None else torch.where(mask, y, 0)
+    return z if residual is None else z + residual.to(dtype)
 
 
 def composed(
@@ -196,7 +200,18 @@ def composed(
     _, _, r, d = saved.unbind()
     batch_mean, batch_var, _ = batch_statistics(x, mask)
     inv_std = torch.rsqrt(batch_var + eps)
-    return normalize(x, residual, mask, weight, bias, batch_mean, inv_std, r, d, activation).to(x.dtype)
+    y = activate(normalize(x, residual, weight, bias, batch_mean, inv_std, r, d), activation)
+    return (y if mask is None else torch.where(mask, y, 0)).to(x.dtype)
+
+
+def keeps_bits(residual: Tensor | None, activation: str | None) -> bool:
+    """Whether the forward keeps ``bits``, so that the backward needs no residual."""
+    return residual is not None and activation == "relu"
+
+
+def empty_bits(x: Tensor) -> Tensor:
+    """The ``bits`` of a call that keeps none."""
+    return torch.empty(0, dtype=torch.uint8, device=x.device)
 
 
 def update_running(running: Tensor, batch: Tensor, factor: Tensor | float, valid: Tensor) -> None:
