@@ -10,8 +10,8 @@ How a call is recognized, without synchronizing and without knowing the checkpoi
 - The first run of ``use_reentrant=False`` happens under saved-tensor hooks, that of ``use_reentrant=True`` under
   no_grad. Any other call with gradients pays nothing.
 - The second run happens while the autograd engine executes a node of the graph. Nodes are numbered as they are made:
-  a call under hooks lies in the region of the executing node and was made no later than it; a call under no_grad
-  was made right after the region's node.
+  a call under hooks lies in the region of the executing node and was made no later than it; calls under no_grad
+  were made after the region's node and before any later region's. Within a region they come in the same order again.
 - Copies live as long as the graph: they hang on its unpack hook. Those made under no_grad have no graph to hang on;
   the newest ``_NO_GRAD_CALLS_KEPT`` of each layer are kept.
 """
@@ -76,10 +76,9 @@ def _made_by(now: int, regions: Iterable[list[_Call]]) -> list[_Call] | None:
     return begun[-1] if begun else next(iter(regions), None)
 
 
-def _made_after(now: int, calls: Iterable[_Call]) -> list[_Call] | None:
-    """The calls of the first region begun after ``now``."""
-    sequence = min((call.sequence for call in calls if call.sequence > now), default=None)
-    return [call for call in calls if call.sequence == sequence] or None
+def _made_after(now: int, calls: Iterable[_Call]) -> list[_Call]:
+    """The calls after ``now``: first those of the region that began then."""
+    return [call for call in calls if call.sequence > now]
 
 
 _logs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # running_mean -> _Log

@@ -61,12 +61,11 @@ def batch_renorm(
     Raises:
         ValueError: an argument of the wrong rank, shape, dtype, device or range; nothing has been updated then.
     """
-    limits = None
+    limits, numbers = None, ClipSchedule.batchnorm().numbers
+    check_limits(1.0 if isinstance(r_max, Tensor) else r_max, 0.0 if isinstance(d_max, Tensor) else d_max)
     if isinstance(r_max, Tensor) or isinstance(d_max, Tensor):
         limits = torch.stack([_limit_tensor("r_max", r_max, x), _limit_tensor("d_max", d_max, x)])
-        numbers = ClipSchedule.batchnorm().numbers
     else:
-        check_limits(r_max, d_max)
         numbers = (float(r_max), float(d_max), 0.0, 0.0, 0.0)
     if not isinstance(momentum, (int, float)) or not math.isfinite(momentum):
         raise ValueError(f"momentum must be a finite number, got {momentum!r}")

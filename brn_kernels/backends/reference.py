@@ -124,7 +124,7 @@ def backward(
     m: Tensor | int = x.numel() // x.shape[1]
     if mask is not None:
         dy, x_bn = torch.where(mask, dy, 0), torch.where(mask, x_bn, 0)
-        m = mask.sum().clamp(min=1)
+        m = mask.sum().clamp(min=1).to(saved.dtype)
     S1, S2 = dy.sum(reduced_dims(x)), (dy * x_bn).sum(reduced_dims(x))
     if needs_dx:
         scale = r * inv_std if weight is None else weight.to(saved.dtype) * r * inv_std
@@ -141,7 +141,7 @@ def batch_statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Te
     if mask is None:
         batch_mean = x.mean(dims)
         return batch_mean, (x - per_channel(batch_mean, x)).square().mean(dims), x.numel() // x.shape[1]
-    m = mask.sum()
+    m = mask.sum().to(x.dtype)
     batch_mean = torch.where(mask, x, 0).sum(dims) / m.clamp(min=1)
     centered = torch.where(mask, x - per_channel(batch_mean, x), 0)
     return batch_mean, centered.square().sum(dims) / m.clamp(min=1), m

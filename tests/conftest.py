@@ -1,0 +1,53 @@
+"""What every test gets: a device, a backend, and empties that are not zero by luck."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+import brn_kernels
+from brn_kernels.backends import PREFERENCE
+
+BACKENDS = [name for name in PREFERENCE if importlib.util.find_spec(f"brn_kernels.backends.{name}")]
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="the device the tests run on, for example cuda")
+
+
+@pytest.fixture
+def device(request):
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device):
+    """Each backend in turn; one that cannot run here skips, with its reason."""
+    try:
+        brn_kernels.backends.resolve(request.param, device.type)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    with brn_kernels.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empties(monkeypatch):
+    """Fill what ``torch.empty`` and its relatives return: an element nobody writes then fails the comparison."""
+
+    def poisoning(make):
+        def made(*arguments, **keywords):
+            tensor = make(*arguments, **keywords)
+            if tensor.is_meta or not torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+                return tensor
+            with torch.no_grad():
+                return tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+
+        return made
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoning(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
