@@ -1,0 +1,120 @@
+"""The command ``brn``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import __version__, available_backends, backends
+
+PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "tabulate", "tqdm", "torchvision", "timm")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``brn`` with these arguments (default: the process's); returns the exit status."""
+    parser = argparse.ArgumentParser(prog="brn", description="Batch Renormalization for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"brn_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    for add in (_add_info, _add_demo):
+        add(commands)
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("info", help="versions, devices, backends and why one cannot run")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_info)
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="BatchNorm against Batch Renormalization on real images, in two minutes",
+        description="Train a small residual network on scikit-learn's handwritten digits with BatchNorm and with "
+        "Batch Renormalization: iid batches, tiny batches, and batches of few classes.",
+    )
+    parser.add_argument("--seeds", type=int, default=4, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of a run (default: %(default)s)")
+    parser.add_argument("--out", default="brn-demo", help="folder for figure and numbers (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one seed, a few steps: does it work at all?")
+    parser.set_defaults(run=_demo)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    try:
+        info = _gather_info()
+    except (ValueError, RuntimeError) as error:
+        print(f"brn: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(info, indent=2))
+        return 0
+    for title, entries in info.items():
+        print(f"{title}:")
+        for name, value in entries.items():
+            print(f"  {name:<14} {value}")
+    return 0
+
+
+def _gather_info() -> dict[str, dict[str, str]]:
+    versions = {"brn_kernels": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    versions["CUDA of torch"] = torch.version.cuda or "none"
+
+    devices = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.processor() or 'unknown'}"}
+    device_types = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        device_types.insert(0, accelerator.type)
+        for index in range(torch.accelerator.device_count()):
+            devices[f"{accelerator.type}:{index}"] = _describe(accelerator.type, index)
+
+    choice = {"selected": backends.selected()}
+    for device_type in device_types:
+        choice[f"used on {device_type}"] = backends.resolve(choice["selected"], device_type).__name__.rpartition(".")[2]
+    why = {name: "available" if reason is None else f"no: {reason}" for name, reason in available_backends().items()}
+    return {"versions": versions, "devices": devices, "backends": why, "choice": choice}
+
+
+def _describe(device_type: str, index: int) -> str:
+    if device_type != "cuda":
+        return device_type
+    properties = torch.cuda.get_device_properties(index)
+    return (
+        f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} "
+        f"multiprocessors, compute capability {properties.major}.{properties.minor}"
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from .demo import run_demo
+    except ModuleNotFoundError as error:
+        print(f"brn demo needs {error.name}: pip install 'brn_kernels[demo]'", file=sys.stderr)
+        return 1
+    for name in ("seeds", "steps"):
+        if getattr(arguments, name) < 1:
+            print(f"brn demo: --{name} must be at least 1, got {getattr(arguments, name)}", file=sys.stderr)
+            return 2
+    seeds, steps = (1, 40) if arguments.quick else (arguments.seeds, arguments.steps)
+    run_demo(seeds, steps, arguments.out)
+    return 0
