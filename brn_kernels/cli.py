@@ -49,7 +49,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "Batch Renormalization: iid batches, tiny batches, and batches of few classes.",
     )
     parser.add_argument("--seeds", type=int, default=4, help="runs of each kind (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="training steps of a run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="training steps of a run (default: %(default)s)")
     parser.add_argument("--out", default="brn-demo", help="folder for figure and numbers (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps: does it work at all?")
     parser.set_defaults(run=_demo)
@@ -80,7 +80,7 @@ def _gather_info() -> dict[str, dict[str, str]]:
             versions[package] = "not installed"
     versions["CUDA of torch"] = torch.version.cuda or "none"
 
-    devices = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.processor() or 'unknown'}"}
+    devices = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {_processor()}"}
     device_types = ["cpu"]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
@@ -93,6 +93,14 @@ def _gather_info() -> dict[str, dict[str, str]]:
         choice[f"used on {device_type}"] = backends.resolve(choice["selected"], device_type).__name__.rpartition(".")[2]
     why = {name: "available" if reason is None else f"no: {reason}" for name, reason in available_backends().items()}
     return {"versions": versions, "devices": devices, "backends": why, "choice": choice}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _describe(device_type: str, index: int) -> str:

@@ -48,7 +48,7 @@ LAYERS = ("BatchNorm", "Batch Renorm")
 
 @dataclass
 class Run:
-    """What one training gave. Accuracies in percent; ``clipped`` is (measurement, layer), a share."""
+    """What one training gave. Accuracies in percent; ``clipped`` is (measurement, layer), a share since the last."""
 
     setting: str
     layer: str
@@ -133,6 +133,7 @@ def train(setting: Setting, layer: str, seed: int, steps: int, data: tuple[Tenso
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     run, milliseconds = Run(setting.name, layer, seed), []
     measured = {round(steps * k / MEASUREMENTS) for k in range(1, MEASUREMENTS + 1)}
+    clipped = torch.zeros(len(renorms))
     for step, batch in enumerate(batches(labels, setting, steps, torch.Generator().manual_seed(seed)), start=1):
         start = time.perf_counter()
         loss = F.cross_entropy(model(images[batch]), labels[batch])
@@ -141,10 +142,12 @@ def train(setting: Setting, layer: str, seed: int, steps: int, data: tuple[Tenso
         optimizer.step()
         decay.step()
         milliseconds.append(1000 * (time.perf_counter() - start))
+        clipped += torch.tensor([layer.clipped.float().mean() for layer in renorms if layer.clipped is not None])
         if step in measured:
+            run.clipped.append((clipped / (step - (run.steps[-1] if run.steps else 0))).tolist())
+            clipped.zero_()
             run.steps.append(step)
             run.accuracy.append(accuracy(model, test_images, test_labels))
-            run.clipped.append([layer.clipped.float().mean().item() for layer in renorms if layer.clipped is not None])
         progress.update()
     run.batch_accuracy = batch_accuracy(model, test_images, test_labels, setting)
     run.ms_per_step = statistics.median(milliseconds)
@@ -159,6 +162,8 @@ def run_demo(seeds: int, steps: int, out: str) -> list[Run]:
     folder.mkdir(parents=True, exist_ok=True)
     data, runs = digits(), []
     print(explain(seeds, steps))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are too small for more: two take twice as long
     with tqdm(total=len(SETTINGS) * len(LAYERS) * seeds * steps, unit="step", mininterval=1) as progress:
         for seed in range(seeds):
             for setting in SETTINGS:
@@ -166,6 +171,7 @@ def run_demo(seeds: int, steps: int, out: str) -> list[Run]:
                     progress.set_description(f"seed {seed}, {setting.name}, {layer}")
                     runs.append(train(setting, layer, seed, steps, data, progress))
         progress.set_description("done")
+    torch.set_num_threads(threads)
     print(table(runs))
     write_csv(runs, folder / "demo.csv")
     write_figure(runs, steps, folder / "demo.png")

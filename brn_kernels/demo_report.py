@@ -25,8 +25,8 @@ def explain(seeds: int, steps: int) -> str:
         f"Residual network with 5 normalizations; {steps} steps of SGD (momentum 0.9, learning rate {LEARNING_RATE} "
         f"with cosine decay); {seeds} seeds.\n"
         f"Both layers: the same weights and batches, statistics' momentum {MOMENTUM}. Batch Renormalization's limits: "
-        f"closed for {schedule.hold} steps,\nr_max reaches {schedule.r_max:g} at step "
-        f"{schedule.hold + schedule.r_ramp}, d_max reaches {schedule.d_max:g} at step {schedule.hold + schedule.d_ramp}."
+        f"closed for {schedule.hold} steps;\nd_max reaches {schedule.d_max:g} at step "
+        f"{schedule.hold + schedule.d_ramp}, r_max {schedule.r_max:g} at step {schedule.hold + schedule.r_ramp}."
     )
 
 
@@ -48,7 +48,7 @@ def table(runs: Sequence[Run]) -> str:
                 ]
             )
     headers = ["training batches", "layer", "test accuracy, %\n(evaluation)", "test accuracy, %\n(batch statistics)"]
-    headers += ["ms per step", "channels clipped\nat the end"]
+    headers += ["ms per step", "channels clipped\nin the last 5 %"]
     return "\n".join([tabulate(rows, headers, disable_numparse=True), "", *(verdict(runs, s.name) for s in SETTINGS)])
 
 
@@ -109,9 +109,9 @@ def write_figure(runs: Sequence[Run], steps: int, path: Path) -> None:
             color = shades(0.1 + 0.75 * index / max(layers - 1, 1))
             below.plot(renorm[0].steps, shares, color=color, linewidth=1.6, label=f"layer {index + 1}")
         below.axvspan(0, schedule.hold, color="0.85", linewidth=0)
-        for end, name in ((schedule.hold + schedule.d_ramp, "d_max"), (schedule.hold + schedule.r_ramp, "r_max")):
-            below.axvline(end, color="0.5", linewidth=0.8, linestyle=":")
-            below.text(end, 103, name, ha="center", va="bottom", fontsize=8, color="0.35")
+        for ramp, name, side in ((schedule.d_ramp, "d_max ", "right"), (schedule.r_ramp, " r_max", "left")):
+            below.axvline(schedule.hold + ramp, color="0.5", linewidth=0.8, linestyle=":")
+            below.text(schedule.hold + ramp, 103, name, ha=side, va="bottom", fontsize=8, color="0.35")
         above.set_title(setting.name, fontsize=11)
         below.set_xlabel("training step")
         for axis in (above, below):
@@ -124,10 +124,7 @@ def write_figure(runs: Sequence[Run], steps: int, path: Path) -> None:
     axes[0][0].set_ylim(top=101)
     axes[0][-1].legend(frameon=False, loc="lower right", title="mean, and range over seeds")
     axes[1][-1].legend(frameon=False, loc="upper right", title="Batch Renorm, from input to output", ncols=2)
-    axes[1][0].annotate(
-        "grey: limits closed (BatchNorm), all clipped; dotted: limits fully open",
-        (0.99, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=8, color="0.35",
-    )  # fmt: skip
+    axes[1][0].set_xlabel("training step (grey: limits closed, as in BatchNorm; dotted: fully open)")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
+from . import backends, ops
 from .autograd import BatchRenormFunction
 from .backends import reference
 from .checkpointing import pre_update_statistics
@@ -104,7 +104,10 @@ def renormalize(
         running_mean, running_var, num_batches_tracked, clipped = pre_update_statistics(
             running_mean, running_var, num_batches_tracked, clipped
         )
-    y, *_ = BatchRenormFunction.apply(
+    # Dynamo cannot trace a Function none of whose inputs wants a gradient
+    differentiated = any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
+    call = BatchRenormFunction.apply if differentiated and torch.is_grad_enabled() else ops.forward
+    y, *_ = call(
         x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
         momentum, eps, activation, backends.selected(),
     )  # fmt: skip

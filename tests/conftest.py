@@ -41,7 +41,7 @@ def poisoned_empties(monkeypatch):
     def poisoning(make):
         def made(*arguments, **keywords):
             tensor = make(*arguments, **keywords)
-            if tensor.is_meta or not torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+            if tensor.is_meta or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
                 return tensor
             with torch.no_grad():
                 return tensor.fill_(float("nan") if tensor.is_floating_point() else 1)

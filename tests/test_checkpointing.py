@@ -76,7 +76,9 @@ def test_several_forwards_before_their_backwards(backend, device, use_reentrant,
 def test_the_same_batch_twice(backend, device, use_reentrant):
     """Calls that nothing in their input tells apart."""
     x = batches(1, device)[0]
-    compare(Block().to(device), lambda m, x: m(x), lambda m, x: checkpoint(m, x, use_reentrant=use_reentrant), [x, x, x])
+    compare(
+        Block().to(device), lambda m, x: m(x), lambda m, x: checkpoint(m, x, use_reentrant=use_reentrant), [x, x, x]
+    )
 
 
 @MODES

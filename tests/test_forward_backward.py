@@ -190,9 +190,7 @@ def test_memory_of_the_input_is_not_written(backend, device):
     assert y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
-@settings(
-    max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 5), c=st.integers(1, 20), spatial=st.lists(st.integers(1, 6), max_size=3),
     dtype=st.sampled_from([torch.float32, torch.float64]), layout=st.sampled_from(sorted(LAYOUTS)),

@@ -21,7 +21,9 @@ def test_dx_sums_to_zero_in_every_channel(backend, device, schedule):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("shape, names", [((6, 4), "1d"), ((3, 4, 5), "1d"), ((3, 4, 2, 5), "2d"), ((2, 4, 2, 2, 3), "3d")])
+@pytest.mark.parametrize(
+    "shape, names", [((6, 4), "1d"), ((3, 4, 5), "1d"), ((3, 4, 2, 5), "2d"), ((2, 4, 2, 2, 3), "3d")]
+)
 def test_with_closed_limits_it_is_batchnorm(backend, device, momentum, shape, names):
     renorm = getattr(brn, f"BatchRenorm{names}")
     batchnorm = getattr(torch.nn, f"BatchNorm{names}")

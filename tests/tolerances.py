@@ -23,3 +23,10 @@ def assert_three_way(actual, torchs, truth, what="result"):
     theirs = (torchs.detach().double() - truth).abs().max()
     ulp = torch.finfo(actual.dtype).eps * truth.abs().max()
     assert ours <= 2 * theirs + ulp, f"{what}: our error {ours:.3g}, torch's {theirs:.3g}, one ulp {ulp:.3g}"
+
+
+def assert_gradients_close(model, other):
+    """The float64 gradients of two networks; some are zero but for rounding, so the largest of all sets the scale."""
+    largest = max(parameter.grad.abs().max().item() for parameter in model.parameters())
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-7, atol=1e-10 * largest, msg=name)

@@ -1,0 +1,140 @@
+"""The operators as PyTorch's compiler sees them."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import brn_kernels as brn
+from brn_kernels import ops
+
+SCHEDULE = [1.2, 0.3, 0.0, 0.0, 0.0]
+RAMP = brn.ClipSchedule(r_max=1.5, d_max=0.5, hold=3, r_ramp=9, d_ramp=6)
+
+
+def forward_arguments(shape, device, dtype=torch.float32, *, full=False, activation=None, seed=0):
+    """Positional arguments of ``ops.forward``; ``full``: every optional tensor is given."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    residual = torch.randn(shape, generator=generator).to(device, dtype) if full else None
+    channels = shape[1]
+    vectors = [torch.rand(channels, generator=generator).to(device) + 0.5 for _ in range(4)] if full else [None] * 4
+    weight, bias, mean, var = vectors
+    counter = torch.tensor(7, device=device) if full else None
+    clipped = torch.zeros(channels, dtype=torch.bool, device=device) if full else None
+    return [
+        x, residual, None, weight, bias, mean, var, counter, clipped, None, SCHEDULE, 0.1, 1e-5, activation, "auto",
+    ]  # fmt: skip
+
+
+CASES = [
+    {"shape": (4, 3)},
+    {"shape": (4, 3, 5), "full": True},
+    {"shape": (2, 9, 3, 4), "full": True, "activation": "relu"},
+    {"shape": (2, 3, 2, 3, 2), "full": True, "activation": "silu", "dtype": torch.bfloat16},
+    {"shape": (0, 3, 4), "full": True, "activation": "relu"},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_opcheck(backend, device, case, channels_last):
+    arguments = forward_arguments(device=device, **case)
+    if channels_last and len(case["shape"]) == 4:
+        arguments[0] = arguments[0].to(memory_format=torch.channels_last)
+    torch.library.opcheck(ops.forward, arguments)
+    y, saved, bits = ops.forward(*arguments)
+    x, residual, mask, weight, bias = arguments[:5]
+    activation = arguments[13]
+    for needs_dx in (True, False):
+        torch.library.opcheck(
+            ops.backward,
+            [torch.randn_like(y), x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dx, "auto"],
+        )
+
+
+def test_the_schema_declares_what_is_updated():
+    schema = str(ops.forward._schema)
+    for name in ("running_mean", "running_var", "num_batches_tracked", "clipped"):
+        argument = next(a for a in ops.forward._schema.arguments if a.name == name)
+        assert argument.alias_info is not None and argument.alias_info.is_write, schema
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.norm1 = brn.BatchRenorm2d(4, momentum=0.2, schedule=RAMP, activation="relu")
+        self.norm2 = brn.BatchRenorm2d(4, momentum=None, schedule=RAMP, activation="relu")
+
+    def forward(self, x, mask=None):
+        h = self.norm1(self.conv(x))
+        return self.norm2(h * 1.5, residual=h, mask=mask)
+
+
+@pytest.fixture
+def compiler():
+    """Fresh caches; Dynamo's count of graphs compiled in the test."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_compiled_training_equals_eager_over_a_moving_ramp_without_recompiling(backend, device, compiler, masked):
+    torch.manual_seed(0)
+    eager = Net().to(device)
+    compiled_net = copy.deepcopy(eager)
+    compiled = torch.compile(compiled_net, fullgraph=True, backend=compiler)
+    for step in range(20):
+        torch.manual_seed(step)
+        x = torch.randn(4, 3, 6, 6).to(device) * (1 + step % 3)
+        mask = (torch.rand(4, 6, 6) < 0.8).to(device) if masked else None
+        dy = torch.randn(4, 4, 6, 6).to(device)
+        outputs = []
+        for net, run in ((eager, eager), (compiled_net, compiled)):
+            net.zero_grad()
+            y = run(x, mask)
+            y.backward(dy)
+            outputs.append(y)
+        assert torch.equal(*outputs), step
+        for (name, p), q in zip(eager.named_parameters(), compiled_net.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad), (step, name)
+        for (name, p), q in zip(eager.named_buffers(), compiled_net.buffers(), strict=True):
+            assert torch.equal(p, q), (step, name)
+    assert compiler.frame_count == 1
+    assert eager.norm1.num_batches_tracked.item() == 20
+
+
+def test_compiled_evaluation_equals_eager(backend, device, compiler):
+    net = Net().to(device)
+    net(torch.randn(4, 3, 6, 6, device=device))
+    net.eval()
+    x = torch.randn(2, 3, 6, 6, device=device)
+    assert torch.equal(torch.compile(net, fullgraph=True, backend=compiler)(x), net(x))
+    assert compiler.frame_count == 1
+
+
+def test_compiled_function_takes_limits_that_move_as_tensors(backend, device, compiler):
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+
+    def step(x, r_max):
+        return brn.batch_renorm(x, mean, var, training=True, r_max=r_max, d_max=1.0)
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    for limit in (1.0, 1.5, 2.0):
+        compiled(torch.randn(4, 3, device=device), torch.tensor(limit, device=device))
+    assert compiler.frame_count == 1
+
+
+def test_compiled_without_a_gradient_wanted(backend, device, compiler):
+    """Dynamo's internal error for an autograd Function none of whose inputs requires a gradient."""
+    net = Net().to(device)
+    compiled = torch.compile(net, fullgraph=True, backend=compiler)
+    with torch.no_grad():
+        compiled(torch.randn(4, 3, 6, 6, device=device))
+    net.requires_grad_(False)
+    compiled(torch.randn(4, 3, 6, 6, device=device))
+    assert net.norm2.num_batches_tracked.item() == 2
