@@ -24,7 +24,7 @@ class BatchRenormFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: D102
         x, residual, mask, weight, bias = inputs[:5]
-        ctx.eps, ctx.activation, ctx.backend = inputs[12:]
+        ctx.eps, ctx.activation, ctx.backend, _ = inputs[12:]
         _, saved, bits = output
         ctx.mark_non_differentiable(saved, bits)
         ctx.set_materialize_grads(False)
@@ -34,7 +34,7 @@ class BatchRenormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # noqa: D102
-        untouched = (None,) * 10
+        untouched = (None,) * 11
         if dy is None:
             return (None,) * 5 + untouched
         x, residual, mask, weight, bias, saved, bits = ctx.saved_tensors

@@ -100,7 +100,8 @@ def renormalize(
         mask = mask.unsqueeze(1)
     if not training:
         return _evaluate(x, residual, mask, weight, bias, running_mean, running_var, eps, activation)
-    if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling()
+    if running_mean is not None and running_var is not None and not traced:
         running_mean, running_var, num_batches_tracked, clipped = pre_update_statistics(
             running_mean, running_var, num_batches_tracked, clipped
         )
@@ -109,7 +110,7 @@ def renormalize(
     call = BatchRenormFunction.apply if differentiated and torch.is_grad_enabled() else ops.forward
     y, *_ = call(
         x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
-        momentum, eps, activation, backends.selected(),
+        momentum, eps, activation, backends.selected(), traced,
     )  # fmt: skip
     return y
 

@@ -1,7 +1,8 @@
 """The operators ``torch.ops.brn_kernels.forward`` and ``.backward``: schemas, implementations, fakes.
 
 They are what a compiled graph contains. Autograd lies outside them (``autograd.py``); the backend is looked up when
-they run, so a trace does not depend on the machine it was made on. Arguments: ``backends/reference.py``.
+they run, so a trace does not depend on the machine it was made on. Arguments: ``backends/reference.py``, and
+``traced``: whether the call comes from a trace, in which ``checkpointing.py`` cannot recognize that it is run again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _library = torch.library.Library("brn_kernels", "DEF")
 _library.define(
     "forward(Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? clipped,"
-    " Tensor? limits, float[] schedule, float? momentum, float eps, str? activation, str backend)"
+    " Tensor? limits, float[] schedule, float? momentum, float eps, str? activation, str backend, bool traced)"
     " -> (Tensor y, Tensor saved, Tensor bits)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -33,7 +34,12 @@ _library.define(
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *rest, backend = arguments
+    *rest, backend, traced = arguments
+    if traced and torch._C._current_graph_task_id() != -1 and rest[4] is not None:
+        raise RuntimeError(
+            "activation checkpointing together with torch.compile runs Batch Renormalization again after its running "
+            "statistics have moved, which gives wrong gradients: leave the layer out of one of the two"
+        )
     return backends.resolve(backend, x.device.type).forward(x, *rest)
 
 
@@ -45,7 +51,7 @@ def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, T
 
 @torch.library.register_fake("brn_kernels::forward", lib=_library)
 def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    activation, _ = rest[-2:]
+    activation, _, _ = rest[-3:]
     channels = x.shape[1] if x.dim() > 1 else 0
     saved = x.new_empty(4, channels, dtype=statistics_dtype(x))
     kept = keeps_bits(residual, activation) and x.numel() > 0
