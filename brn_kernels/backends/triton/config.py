@@ -1,0 +1,163 @@
+"""Launch settings: how a tensor is cut into tiles and programs. A short table with reasons, no tuning at run time.
+
+Words used here and in the kernels: a *tile* is what one program holds in registers, ``outer`` x ``inner`` elements; an
+*item* is one tile's worth of work; a *split* is the run of items that one program goes through; a *channel tile* is the
+set of channels that share a program (``inner`` channels in channels_last, one otherwise).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from ..layout import Layout
+
+# Four warps, each thread four 16-byte accesses a tile: 8 KB in flight a program. Five such programs fit the registers
+# of a multiprocessor, and 40 KB in flight cover a Hopper GPU's latency at full bandwidth (about 32 KB, by Little's law).
+NUM_WARPS = 4
+ACCESS_BYTES = 16
+ACCESSES_PER_THREAD = 4
+PROGRAMS_PER_MULTIPROCESSOR = 5  # one full wave: every program is resident from start to end
+
+MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
+MIN_INNER = 8  # a byte of packed bits
+MIN_INNER_CONTIGUOUS = 64
+MAX_DEAD_LANES = 0.125  # of a contiguous tile, beyond the end of a plane
+MERGE_ROWS = 16  # partial results a finishing program reads at a time
+
+# Two slabs are in flight (one applied while the next is reduced), and what is written passes through L2 too.
+SLAB_SHARE_OF_L2 = 0.25
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the settings depend on, of a GPU."""
+
+    multiprocessors: int
+    l2_bytes: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one tensor is worked through. ``grid`` is (channel tiles, splits)."""
+
+    channels_last: bool
+    outer: int  # of a tile, a power of 2
+    inner: int  # of a tile, a power of 2
+    vector: int  # elements that every row start and row length is a multiple of; at most 16 bytes
+    group: int  # elements of a tile that one thread holds and reduces alone
+    channel_tiles: int
+    chunks: int  # tiles side by side in a row (contiguous layout)
+    items: int  # of a channel tile
+    items_per_split: int
+    splits: int
+    num_warps: int = NUM_WARPS
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """One program for each channel tile and split."""
+        return self.channel_tiles, self.splits
+
+    @property
+    def padded_channels(self) -> int:
+        """Channels including those that pad the last channel tile: the row length of the workspace."""
+        return self.channel_tiles * (self.inner if self.channels_last else 1)
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The GPU's numbers; those of an H200 where there is none (interpreter, compile check)."""
+    if device.type != "cuda":
+        return Device(multiprocessors=132, l2_bytes=50 * 2**20)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, properties.L2_cache_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def launch_for(layout: Layout, itemsize: int, strides: tuple[int, ...], device: Device) -> Launch:
+    """The settings for one pass over tensors of this layout.
+
+    Args:
+        layout: of all tensors of the pass.
+        itemsize: bytes of an element.
+        strides: every stride, in elements, that a kernel multiplies a row or a channel with.
+        device: where it runs.
+    """
+    access = max(1, ACCESS_BYTES // itemsize)
+    elements = NUM_WARPS * 32 * ACCESSES_PER_THREAD * access
+    if layout.channels_last:
+        inner = min(max(_power_of_2(layout.inner), MIN_INNER), MAX_INNER_CHANNELS_LAST)
+        channel_tiles, chunks = -(-layout.channels // inner), 1
+        group = ACCESSES_PER_THREAD
+    else:
+        inner = _inner_of_plane(layout.inner, elements)
+        channel_tiles, chunks = layout.channels, -(-layout.inner // inner)
+        group = access
+    outer = min(elements // inner, max(_power_of_2(layout.outer), group if layout.channels_last else 1))
+    items = -(-layout.outer // outer) * chunks
+    items_per_split, splits = _split(items, channel_tiles, device)
+    return Launch(
+        channels_last=layout.channels_last,
+        outer=outer,
+        inner=inner,
+        vector=_common_vector(access, (layout.inner, *strides)),
+        group=min(group, outer if layout.channels_last else inner),
+        channel_tiles=channel_tiles,
+        chunks=chunks,
+        items=items,
+        items_per_split=items_per_split,
+        splits=splits,
+    )
+
+
+def slab_of(launch: Launch, layout: Layout, itemsize: int, device: Device) -> int:
+    """Channel tiles to reduce and apply back to back, so that the second read comes from L2; 0 where that cannot pay.
+
+    It cannot where x and dy fit L2 as a whole (then they are still there anyway), nor where one channel tile does not.
+    """
+    tile_bytes = 2 * itemsize * layout.outer * (launch.inner if launch.channels_last else layout.inner)
+    room = int(SLAB_SHARE_OF_L2 * device.l2_bytes)
+    if tile_bytes * launch.channel_tiles <= room or tile_bytes > room:
+        return 0
+    return room // tile_bytes
+
+
+def slab_launch(launch: Launch, slab: int, device: Device) -> Launch:
+    """The same with as many splits as let ``slab`` channel tiles occupy the whole GPU."""
+    items_per_split, splits = _split(launch.items, slab, device)
+    return dataclasses.replace(launch, items_per_split=items_per_split, splits=splits)
+
+
+def slab_programs(launch: Launch, slab: int, device: Device) -> int:
+    """Programs that work through the slabs: as many as fit the GPU, or fewer if there is less to do."""
+    return min(device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR, slab * launch.splits)
+
+
+def _split(items: int, tiles_at_once: int, device: Device) -> tuple[int, int]:
+    """Items of a split, and splits of a channel tile, for one full wave of programs."""
+    wanted = -(-device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // tiles_at_once)
+    items_per_split = -(-items // max(1, min(wanted, items)))
+    return items_per_split, -(-items // items_per_split)
+
+
+def _inner_of_plane(positions: int, elements: int) -> int:
+    """The widest tile that leaves few lanes beyond the end of a plane."""
+    widest = max(MIN_INNER, min(_power_of_2(positions), elements))
+    narrowest = min(widest, MIN_INNER_CONTIGUOUS)
+    widths = [1 << k for k in range(widest.bit_length() - 1, narrowest.bit_length() - 2, -1)]
+    dead = {width: 1 - positions / (-(-positions // width) * width) for width in widths}
+    return next((width for width in widths if dead[width] <= MAX_DEAD_LANES), min(widths, key=lambda w: dead[w]))
+
+
+def _common_vector(access: int, numbers: tuple[int, ...]) -> int:
+    vector = access
+    while any(number % vector for number in numbers):
+        vector //= 2
+    return vector
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()

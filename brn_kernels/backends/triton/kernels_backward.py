@@ -1,0 +1,272 @@
+"""The backward: ``reduce_kernel`` then ``apply_kernel``, or both at once slab by slab: ``slabs_kernel``.
+
+With dy' the gradient behind the activation and x_bn = (x - batch_mean) * inv_std::
+
+    S1 = sum(dy')    S2 = sum(dy' * x_bn)    dbeta = S1    dgamma = r * S2 + d * S1
+    dx = gamma * r * inv_std * (dy' - S1 / m - x_bn * S2 / m)    dresidual = dy'
+
+Reduce reads x and dy, apply reads them again and writes dx, walking from the end towards the beginning so that its
+first reads hit the L2 cache. The activation's argument is recomputed from x, or its sign read from packed bits.
+
+Workspace, rows of ``padded`` values: 0 S1 / m, 1 inv_std * S2 / m, then S1 of each split, then S2 of each split.
+"""
+
+import triton
+import triton.language as tl
+
+from .kernels_common import (
+    NONE,
+    activation_backward,
+    arrive,
+    bits_pointers,
+    channels_of,
+    in_groups,
+    locate,
+    number,
+    offsets,
+    unpack,
+)
+
+COEFFICIENT_ROWS = 2
+PARTIAL_ROWS = 2
+
+
+@triton.jit
+def channel_values(
+    saved_ptr, weight_ptr, bias_ptr, tile, channels, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr
+):  # fmt: skip
+    """(CT,) each: batch_mean, inv_std, and the scale and shift with which z = (x - batch_mean) * scale + shift."""
+    o_channels = channels_of(tile, CHANNELS_LAST, INNER)
+    m_channels = o_channels < channels
+    batch_mean = tl.load(saved_ptr + o_channels, mask=m_channels, other=0.0)
+    inv_std = tl.load(saved_ptr + channels + o_channels, mask=m_channels, other=0.0)
+    scale = inv_std * tl.load(saved_ptr + 2 * channels + o_channels, mask=m_channels, other=0.0)
+    shift = tl.load(saved_ptr + 3 * channels + o_channels, mask=m_channels, other=0.0)
+    if weight_ptr is not None:
+        gamma = tl.load(weight_ptr + o_channels, mask=m_channels, other=0.0).to(ACC)
+        scale *= gamma
+        shift *= gamma
+    if bias_ptr is not None:
+        shift += tl.load(bias_ptr + o_channels, mask=m_channels, other=0.0).to(ACC)
+    return batch_mean, inv_std, scale, shift
+
+
+@triton.jit
+def load_item(
+    dy_ptr, x_ptr, bits_ptr, item, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks, row_bytes,
+    dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Rows, columns and existence of a work item; its dy' and x - batch_mean, (OUTER, INNER)."""
+    rows, columns, m_exists = locate(item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
+    o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
+    o_dy = offsets(rows, columns, tile, dy_outer_v, dy_channel_v, VECTOR, CHANNELS_LAST)
+    b_x = tl.load(x_ptr + o_x, mask=m_exists, other=0.0).to(ACC)
+    b_dy = tl.load(dy_ptr + o_dy, mask=m_exists, other=0.0).to(ACC)
+    b_centered = b_x - batch_mean[None, :]
+    if bits_ptr is not None:
+        p_bits = bits_pointers(bits_ptr, rows, tile, item, chunks, channels, row_bytes, CHANNELS_LAST, INNER)
+        m_bytes = tl.max(tl.reshape(m_exists.to(tl.int32), (OUTER, INNER // 8, 8)), 2) > 0
+        b_dy = tl.where(unpack(tl.load(p_bits, mask=m_bytes, other=0), OUTER, INNER), b_dy, 0.0)
+    elif ACTIVATION != NONE:
+        b_z = tl.fma(b_centered, scale[None, :], shift[None, :])
+        b_dy = activation_backward(b_dy, b_z, ACTIVATION)
+    return rows, columns, m_exists, b_dy, b_centered
+
+
+@triton.jit
+def reduce_split(
+    tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    GROUP: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """S1 and S2 of one split of a channel tile, into the workspace."""
+    CT: tl.constexpr = INNER if CHANNELS_LAST else 1
+    ROWS: tl.constexpr = OUTER // GROUP if CHANNELS_LAST else OUTER * INNER // GROUP
+    batch_mean, inv_std, scale, shift = channel_values(
+        saved_ptr, weight_ptr, bias_ptr, tile, channels, ACC, CHANNELS_LAST, INNER
+    )  # fmt: skip
+    s1 = tl.zeros([ROWS, CT], ACC)
+    s2 = tl.zeros([ROWS, CT], ACC)
+    first = split * items_per_split
+    for item in range(first, tl.minimum(first + items_per_split, items)):
+        _, _, _, b_dy, b_centered = load_item(
+            dy_ptr, x_ptr, bits_ptr, item, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks,
+            row_bytes, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+            ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+        )  # fmt: skip
+        s1 += in_groups(b_dy, CHANNELS_LAST, OUTER, INNER, GROUP)
+        s2 += in_groups(b_dy * b_centered, CHANNELS_LAST, OUTER, INNER, GROUP)
+    p_partials = workspace_ptr + 2 * padded + tile * CT + tl.arange(0, CT)
+    tl.store(p_partials + split * padded, tl.sum(s1, 0))
+    tl.store(p_partials + (splits + split) * padded, tl.sum(s2, 0) * inv_std)
+
+
+@triton.jit
+def finish_sums(
+    tile, splits, saved_ptr, dweight_ptr, dbias_ptr, workspace_ptr, channels, padded, values: tl.float64,
+    ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr, MERGE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """dgamma, dbeta and what apply needs, from all splits of a channel tile in a fixed order."""
+    CT: tl.constexpr = INNER if CHANNELS_LAST else 1
+    o_channels = channels_of(tile, CHANNELS_LAST, INNER)
+    m_channels = o_channels < channels
+    o_padded = tile * CT + tl.arange(0, CT)
+    partial_s1 = tl.zeros([MERGE_ROWS, CT], ACC)
+    partial_s2 = tl.zeros([MERGE_ROWS, CT], ACC)
+    for start in range(0, splits, MERGE_ROWS):
+        o_splits = start + tl.arange(0, MERGE_ROWS)
+        p_s1 = workspace_ptr + ((2 + o_splits) * padded)[:, None] + o_padded[None, :]
+        m_splits = (o_splits < splits)[:, None]
+        partial_s1 += tl.load(p_s1, mask=m_splits, other=0.0, cache_modifier=".cg")
+        partial_s2 += tl.load(p_s1 + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
+    s1, s2 = tl.sum(partial_s1, 0), tl.sum(partial_s2, 0)
+    inv_std = tl.load(saved_ptr + channels + o_channels, mask=m_channels, other=0.0)
+    r = tl.load(saved_ptr + 2 * channels + o_channels, mask=m_channels, other=0.0)
+    d = tl.load(saved_ptr + 3 * channels + o_channels, mask=m_channels, other=0.0)
+    tl.store(dweight_ptr + o_channels, r * s2 + d * s1, mask=m_channels)
+    tl.store(dbias_ptr + o_channels, s1, mask=m_channels)
+    m_values = number(values, ACC)
+    tl.store(workspace_ptr + o_padded, s1 / m_values)
+    tl.store(workspace_ptr + padded + o_padded, inv_std * s2 / m_values)
+
+
+@triton.jit
+def apply_split(
+    tile, split, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, workspace_ptr,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """dx and dresidual of one split of a channel tile, from its end to its beginning."""
+    CT: tl.constexpr = INNER if CHANNELS_LAST else 1
+    batch_mean, _, scale, shift = channel_values(
+        saved_ptr, weight_ptr, bias_ptr, tile, channels, ACC, CHANNELS_LAST, INNER
+    )  # fmt: skip
+    o_padded = tile * CT + tl.arange(0, CT)
+    mean_dy = tl.load(workspace_ptr + o_padded, cache_modifier=".cg")
+    slope = tl.load(workspace_ptr + padded + o_padded, cache_modifier=".cg")
+    first = split * items_per_split
+    end = tl.minimum(first + items_per_split, items)
+    for step in range(0, end - first):
+        rows, columns, m_exists, b_dy, b_centered = load_item(
+            dy_ptr, x_ptr, bits_ptr, end - 1 - step, tile, batch_mean, scale, shift, outer_size, channels, inner_v,
+            chunks, row_bytes, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+            ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+        )  # fmt: skip
+        if dx_ptr is not None:
+            b_dx = scale[None, :] * (b_dy - mean_dy[None, :] - b_centered * slope[None, :])
+            o_dx = offsets(rows, columns, tile, dx_outer_v, dx_channel_v, VECTOR, CHANNELS_LAST)
+            tl.store(dx_ptr + o_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_exists)
+        if dresidual_ptr is not None:
+            o_dresidual = offsets(
+                rows, columns, tile, dresidual_outer_v, dresidual_channel_v, VECTOR, CHANNELS_LAST
+            )  # fmt: skip
+            tl.store(dresidual_ptr + o_dresidual, b_dy.to(dresidual_ptr.dtype.element_ty), mask=m_exists)
+
+
+@triton.jit
+def reduce_kernel(
+    dy_ptr, x_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
+    weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr,  # (channels,), saved (4, channels)
+    workspace_ptr, tickets_ptr,  # see above; (channel tiles,)
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, values: tl.float64,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    GROUP: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid (channel tiles, splits)."""
+    tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    reduce_split(
+        tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr, outer_size,
+        channels, inner_v, chunks, items, items_per_split, padded, row_bytes, dy_outer_v, dy_channel_v, x_outer_v,
+        x_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, GROUP, VECTOR,
+    )  # fmt: skip
+    if arrive(tickets_ptr + tile, splits):
+        finish_sums(
+            tile, splits, saved_ptr, dweight_ptr, dbias_ptr, workspace_ptr, channels, padded, values,
+            ACC, CHANNELS_LAST, INNER, MERGE_ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def apply_kernel(
+    dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, workspace_ptr,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Grid (channel tiles, splits)."""
+    apply_split(
+        tl.program_id(0), tl.program_id(1), dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr,
+        dresidual_ptr, workspace_ptr, outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+        dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v,
+        dresidual_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+    )  # fmt: skip
+
+
+@triton.jit
+def slabs_kernel(
+    dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr, dx_ptr, dresidual_ptr,
+    workspace_ptr, tickets_ptr,  # tickets: next piece of work, programs done, arrivals and readiness of each tile
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
+    channel_tiles, tiles_per_slab, splits, values: tl.float64,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    GROUP: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Any one-dimensional grid: each program claims pieces of work by an increasing ticket until there are none.
+
+    The order of the pieces: reduce slab 0, reduce 1, apply 0, reduce 2, apply 1, ... Whatever a piece waits for was
+    claimed before it, by a program that runs and itself waits for nothing later: no program need be resident for
+    another to finish. While a slab is applied from L2 the next one is reduced, so that the wait is short.
+    """
+    p_next = tickets_ptr
+    p_done = tickets_ptr + 1
+    p_arrived = tickets_ptr + 2
+    p_ready = p_arrived + channel_tiles
+    pieces = tiles_per_slab * splits  # of one slab, to reduce; as many to apply
+    slabs = (channel_tiles + tiles_per_slab - 1) // tiles_per_slab
+    ticket = tl.atomic_add(p_next, 1, sem="relaxed", scope="gpu")
+    while ticket < 2 * slabs * pieces:
+        phase = ticket // pieces
+        is_apply = (phase == 2 * slabs - 1) | ((phase > 0) & (phase % 2 == 0))
+        slab = tl.where(phase == 2 * slabs - 1, slabs - 1, tl.where(is_apply, phase // 2 - 1, (phase + 1) // 2))
+        tile = slab * tiles_per_slab + (ticket % pieces) // splits
+        split = (ticket % pieces) % splits
+        if tile < channel_tiles:
+            if is_apply:
+                while tl.atomic_add(p_ready + tile, 0, sem="acquire", scope="gpu") == 0:
+                    pass
+                tl.debug_barrier()
+                apply_split(
+                    tile, split, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr,
+                    workspace_ptr, outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+                    dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v,
+                    dresidual_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+                )  # fmt: skip
+            else:
+                reduce_split(
+                    tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr,
+                    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, dy_outer_v,
+                    dy_channel_v, x_outer_v, x_channel_v,
+                    ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, GROUP, VECTOR,
+                )  # fmt: skip
+                if arrive(p_arrived + tile, splits):
+                    finish_sums(
+                        tile, splits, saved_ptr, dweight_ptr, dbias_ptr, workspace_ptr, channels, padded, values,
+                        ACC, CHANNELS_LAST, INNER, MERGE_ROWS,
+                    )  # fmt: skip
+                    tl.debug_barrier()
+                    tl.atomic_add(p_ready + tile, 1, sem="release", scope="gpu")
+        ticket = tl.atomic_add(p_next, 1, sem="relaxed", scope="gpu")
+    if tl.atomic_add(p_done, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:  # the last: leave zeros
+        tl.store(p_next, 0)
+        tl.store(p_done, 0)
+        for tile in range(0, channel_tiles):
+            tl.store(p_ready + tile, 0)

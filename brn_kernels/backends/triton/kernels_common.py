@@ -1,0 +1,182 @@
+"""What forward and backward kernels share: finding a tile in memory, merging statistics, activations, packed bits.
+
+Names: ``_ptr`` a pointer argument, ``p_`` a pointer, ``b_`` a block of values, ``o_`` offsets, ``m_`` a mask. Shapes in
+comments: OUTER x INNER is the tile, CT the channels of a channel tile (INNER in channels_last, else 1), ROWS x CT the
+groups of a tile, each of which one thread reduces alone.
+"""
+
+import triton
+import triton.language as tl
+
+# An activation as the kernels know it.
+NONE = tl.constexpr(0)
+RELU = tl.constexpr(1)
+LEAKY_RELU = tl.constexpr(2)
+SILU = tl.constexpr(3)
+HARDSWISH = tl.constexpr(4)
+ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "hardswish": 4}
+_SLOPE = tl.constexpr(0.01)  # reference.LEAKY_RELU_SLOPE
+
+
+@triton.jit
+def number(value, ACC: tl.constexpr):
+    """A scalar argument in the arithmetic's dtype (a cast of a float argument loses digits in the interpreter)."""
+    return tl.full([], value, ACC)
+
+
+@triton.jit
+def channels_of(tile, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr):
+    """(CT,): the channels of a channel tile, some beyond the last."""
+    if CHANNELS_LAST:
+        return tile * INNER + tl.arange(0, INNER)
+    else:
+        return tile + tl.arange(0, 1)
+
+
+@triton.jit
+def locate(
+    item, tile, chunks, outer_size, inner_v, VECTOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Rows (OUTER, 1) in 64 bits, columns (1, INNER), and which elements (OUTER, INNER) of a work item exist."""
+    item = tl.cast(item, tl.int64)
+    if CHANNELS_LAST:
+        rows = item * OUTER + tl.arange(0, OUTER)
+        columns = tile * INNER + tl.arange(0, INNER)
+    else:
+        rows = (item // chunks) * OUTER + tl.arange(0, OUTER)
+        columns = tl.cast(item % chunks, tl.int32) * INNER + tl.arange(0, INNER)
+    m_exists = (rows < outer_size)[:, None] & (columns < inner_v * VECTOR)[None, :]
+    return rows[:, None], columns[None, :], m_exists
+
+
+@triton.jit
+def offsets(rows, columns, tile, outer_stride_v, channel_stride_v, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Where a work item lies in a tensor: 64 bits. Strides come divided by VECTOR, so that it is known to divide."""
+    o_rows = rows * (tl.cast(outer_stride_v, tl.int64) * VECTOR)
+    if not CHANNELS_LAST:
+        o_rows += tl.cast(tile, tl.int64) * (tl.cast(channel_stride_v, tl.int64) * VECTOR)
+    return o_rows + columns
+
+
+@triton.jit
+def in_groups(b, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr):
+    """(OUTER, INNER) summed over groups: (ROWS, CT). The elements of a group lie in one thread's registers."""
+    if CHANNELS_LAST:
+        return tl.sum(tl.reshape(b, (GROUP, OUTER // GROUP, INNER)), 0)
+    else:
+        return tl.sum(tl.reshape(b, (OUTER * INNER // GROUP, GROUP)), 1)[:, None]
+
+
+@triton.jit
+def spread(b, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr):
+    """The inverse shape of ``in_groups``: (ROWS, CT) repeated to (OUTER, INNER)."""
+    if CHANNELS_LAST:
+        return tl.reshape(tl.broadcast_to(b[None, :, :], (GROUP, OUTER // GROUP, INNER)), (OUTER, INNER))
+    else:
+        return tl.reshape(tl.broadcast_to(b, (OUTER * INNER // GROUP, GROUP)), (OUTER, INNER))
+
+
+@triton.jit
+def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """Chan's formula: count, mean and sum of squares about it of two sets together."""
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    share = count_b / tl.where(count > 0, count, 1.0)
+    return count, mean_a + delta * share, m2_a + m2_b + delta * delta * (count_a * share)
+
+
+@triton.jit
+def merge_rows(count, mean, m2):
+    """Chan's formula for all rows at once: (ROWS, CT) to (CT,)."""
+    total = tl.sum(count, 0)
+    divisor = tl.where(total > 0, total, 1.0)
+    common = tl.sum(count * mean, 0) / divisor
+    delta = mean - common[None, :]
+    return total, common, tl.sum(m2 + count * delta * delta, 0)
+
+
+@triton.jit
+def arrive(p_ticket, programs):
+    """Say that this program's results are written; True in the last program to say so, which then sees all of them.
+
+    The barriers order every thread's stores before the release, and the acquire before every thread's loads. The last
+    one leaves the counter at zero for the next launch.
+    """
+    tl.debug_barrier()
+    is_last = tl.atomic_add(p_ticket, 1, sem="acq_rel", scope="gpu") == programs - 1
+    tl.debug_barrier()
+    if is_last:
+        tl.store(p_ticket, 0)
+    return is_last
+
+
+@triton.jit
+def is_finite(b):
+    """Neither NaN nor infinite."""
+    return tl.abs(b) < float("inf")
+
+
+@triton.jit
+def sigmoid(b):
+    """1 / (1 + exp(-b))."""
+    return 1.0 / (1.0 + tl.exp(-b))
+
+
+@triton.jit
+def activate(b_z, ACTIVATION: tl.constexpr):
+    """The activation; NaN stays NaN."""
+    if ACTIVATION == RELU:
+        b_z = tl.where(b_z <= 0.0, 0.0, b_z)
+    if ACTIVATION == LEAKY_RELU:
+        b_z = tl.where(b_z > 0.0, b_z, b_z * _SLOPE)
+    if ACTIVATION == SILU:
+        b_z = b_z * sigmoid(b_z)
+    if ACTIVATION == HARDSWISH:
+        gate = tl.where(b_z <= -3.0, 0.0, tl.where(b_z >= 3.0, 6.0, b_z + 3.0))
+        b_z = b_z * gate * (1.0 / 6.0)
+    return b_z
+
+
+@triton.jit
+def activation_backward(b_dy, b_z, ACTIVATION: tl.constexpr):
+    """dy times the activation's derivative at z, with PyTorch's conventions at the kinks."""
+    if ACTIVATION == RELU:
+        b_dy = tl.where(b_z <= 0.0, 0.0, b_dy)
+    if ACTIVATION == LEAKY_RELU:
+        b_dy = tl.where(b_z > 0.0, b_dy, b_dy * _SLOPE)
+    if ACTIVATION == SILU:
+        gate = sigmoid(b_z)
+        b_dy = b_dy * (gate * (1.0 + b_z * (1.0 - gate)))
+    if ACTIVATION == HARDSWISH:
+        b_dy = tl.where(b_z <= -3.0, 0.0, tl.where(b_z < 3.0, b_dy * (b_z * (1.0 / 3.0) + 0.5), b_dy))
+    return b_dy
+
+
+@triton.jit
+def bits_pointers(
+    bits_ptr, rows, tile, item, chunks, channels, row_bytes,
+    CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """(OUTER, INNER / 8) pointers to a tile's packed bits (``layout.bits_shape``)."""
+    if CHANNELS_LAST:
+        o_bytes = tile * (INNER // 8) + tl.arange(0, INNER // 8)
+        o_rows = rows
+    else:
+        o_bytes = tl.cast(tl.cast(item, tl.int64) % chunks, tl.int32) * (INNER // 8) + tl.arange(0, INNER // 8)
+        o_rows = rows * channels + tile
+    return bits_ptr + o_rows * row_bytes + o_bytes[None, :]
+
+
+@triton.jit
+def pack(b_bits, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """Zeros and ones (OUTER, INNER) as bytes (OUTER, INNER / 8), the first in the lowest bit."""
+    eights = tl.reshape(b_bits, (OUTER, INNER // 8, 8))
+    return tl.sum(eights << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def unpack(b_bytes, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """The inverse of ``pack``."""
+    eights = (b_bytes.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(eights, (OUTER, INNER)) != 0

@@ -1,0 +1,317 @@
+"""The forward in two launches: ``stream_kernel`` and ``repair_kernel``.
+
+``stream_kernel`` reads x once. It gathers the batch statistics and, for channels predicted not to be clipped, already
+writes y from the running statistics. The last program of a channel tile finishes the statistics: r, d, the running
+statistics, what the backward needs, and which channels were not written rightly. ``repair_kernel`` writes those, from
+the end towards the beginning so that its first reads hit the L2 cache; if there are none it returns at once.
+
+Workspace, rows of ``padded`` values: 0 pivot, 1 scale, 2 shift (y = (x - pivot) * scale + shift), 3 what is to be
+repaired (in channels_last one flag for 8 channels: a 16-byte access never sees a mask change within it), then for each
+split the count, then the mean, then the sum of squares about it.
+"""
+
+import triton
+import triton.language as tl
+
+from .kernels_common import (
+    activate,
+    arrive,
+    bits_pointers,
+    channels_of,
+    in_groups,
+    is_finite,
+    locate,
+    merge,
+    merge_rows,
+    number,
+    offsets,
+    pack,
+    spread,
+)
+
+COEFFICIENT_ROWS = 4
+PARTIAL_ROWS = 3
+
+
+@triton.jit
+def limits_now(
+    counter_ptr, limits_ptr, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp, ACC: tl.constexpr
+):  # fmt: skip
+    """r_max and d_max in force: ``limits_ptr``'s if given, else the schedule's at the counter (``schedule.py``)."""
+    if limits_ptr is not None:
+        r_limit = tl.load(limits_ptr).to(ACC)
+        d_limit = tl.load(limits_ptr + 1).to(ACC)
+    else:
+        step = tl.full([], 0, tl.int64)
+        if counter_ptr is not None:
+            step = tl.load(counter_ptr)
+        since = step - hold
+        r_limit = ramp_at(since, 1.0, r_max, r_ramp, ACC)
+        d_limit = ramp_at(since, 0.0, d_max, d_ramp, ACC)
+    return r_limit, d_limit
+
+
+@triton.jit
+def ramp_at(since, closed, final, ramp, ACC: tl.constexpr):
+    """A limit ``since`` steps after the hold: ``closed`` before it, ``final`` after ``ramp`` more."""
+    first, last = number(closed, ACC), number(final, ACC)
+    steps = tl.cast(ramp, tl.int64)
+    passed = tl.where(since < 0, 0, tl.where(since < steps, since, steps)).to(ACC)
+    rising = first + (last - first) * (passed / tl.where(steps > 0, steps, 1).to(ACC))
+    return tl.where(since < 0, first, tl.where(since < steps, rising, last))
+
+
+@triton.jit
+def affine_of(weight_ptr, bias_ptr, o_channels, m_channels, ACC: tl.constexpr):
+    """Gamma and beta, (CT,)."""
+    gamma = (o_channels * 0 + 1).to(ACC)
+    beta = (o_channels * 0).to(ACC)
+    if weight_ptr is not None:
+        gamma = tl.load(weight_ptr + o_channels, mask=m_channels, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        beta = tl.load(bias_ptr + o_channels, mask=m_channels, other=0.0).to(ACC)
+    return gamma, beta
+
+
+@triton.jit
+def normalized(b_x, pivot, scale, shift):
+    """The one way in which any pass computes z, so that its bits do not depend on the pass."""
+    return tl.fma(b_x - pivot[None, :], scale[None, :], shift[None, :])
+
+
+@triton.jit
+def stream_kernel(
+    x_ptr, residual_ptr, y_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
+    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, clipped_ptr,  # (channels,)
+    counter_ptr, limits_ptr,  # int64; (2,)
+    saved_ptr, workspace_ptr, tickets_ptr,  # (4, channels); see above; (channel tiles,)
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
+    r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp,
+    momentum: tl.float64, eps: tl.float64, values: tl.float64,
+    ACC: tl.constexpr, CUMULATIVE: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid (channel tiles, splits): statistics, and y where it is predicted not to be clipped."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    CT: tl.constexpr = INNER if CHANNELS_LAST else 1
+    ROWS: tl.constexpr = OUTER // GROUP if CHANNELS_LAST else OUTER * INNER // GROUP
+    o_channels = channels_of(tile, CHANNELS_LAST, INNER)
+    m_channels = o_channels < channels
+
+    speculates = False
+    pivot = tl.zeros([CT], ACC)
+    scale = tl.zeros([CT], ACC)
+    shift = tl.zeros([CT], ACC)
+    predicted = tl.zeros([CT], tl.int32)
+    if running_mean_ptr is not None:
+        pivot, scale, shift, predicted = prediction(
+            running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, o_channels,
+            m_channels, r_max, d_max, hold, r_ramp, d_ramp, eps, ACC,
+        )  # fmt: skip
+        speculates = tl.max(predicted, 0) > 0
+
+    count = tl.zeros([ROWS, CT], ACC)
+    mean = tl.zeros([ROWS, CT], ACC)
+    m2 = tl.zeros([ROWS, CT], ACC)
+    first = split * items_per_split
+    for item in range(first, tl.minimum(first + items_per_split, items)):
+        rows, columns, m_exists = locate(item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
+        o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
+        b_x = tl.load(x_ptr + o_x, mask=m_exists, other=0.0).to(ACC)
+        item_count = in_groups(m_exists.to(ACC), CHANNELS_LAST, OUTER, INNER, GROUP)
+        item_mean = in_groups(b_x, CHANNELS_LAST, OUTER, INNER, GROUP) / tl.where(item_count > 0, item_count, 1.0)
+        b_centered = tl.where(m_exists, b_x - spread(item_mean, CHANNELS_LAST, OUTER, INNER, GROUP), 0.0)
+        item_m2 = in_groups(b_centered * b_centered, CHANNELS_LAST, OUTER, INNER, GROUP)
+        count, mean, m2 = merge(count, mean, m2, item_count, item_mean, item_m2)
+        if speculates:
+            write(
+                b_x, pivot, scale, shift, rows, columns, m_exists, item, tile, residual_ptr, y_ptr, bits_ptr, chunks,
+                channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
+                ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
+            )  # fmt: skip
+
+    splits = tl.num_programs(1)
+    o_padded = tile * CT + tl.arange(0, CT)
+    count_of_split, mean_of_split, m2_of_split = merge_rows(count, mean, m2)
+    p_partials = workspace_ptr + 4 * padded + o_padded
+    tl.store(p_partials + split * padded, count_of_split)
+    tl.store(p_partials + (splits + split) * padded, mean_of_split)
+    tl.store(p_partials + (2 * splits + split) * padded, m2_of_split)
+    if arrive(tickets_ptr + tile, splits):
+        finish(
+            p_partials, splits, padded, predicted, o_channels, m_channels, o_padded, tile,
+            running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, saved_ptr,
+            workspace_ptr, channels, r_max, d_max, hold, r_ramp, d_ramp, momentum, eps, values,
+            ACC, CUMULATIVE, CHANNELS_LAST, CT, MERGE_ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def prediction(
+    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, o_channels,
+    m_channels, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp, eps: tl.float64, ACC: tl.constexpr,
+):  # fmt: skip
+    """The coefficients of an unclipped channel, (CT,) each, and 1 where a channel is predicted to be one.
+
+    Predicted: the limits are open and the channel was not clipped at the last step.
+    """
+    r_limit, d_limit = limits_now(counter_ptr, limits_ptr, r_max, d_max, hold, r_ramp, d_ramp, ACC)
+    running_mean = tl.load(running_mean_ptr + o_channels, mask=m_channels, other=0.0).to(ACC)
+    running_var = tl.load(running_var_ptr + o_channels, mask=m_channels, other=1.0).to(ACC)
+    gamma, beta = affine_of(weight_ptr, bias_ptr, o_channels, m_channels, ACC)
+    predicted = m_channels.to(tl.int32) * tl.where(r_limit > 1.0, 1, 0) * tl.where(d_limit > 0.0, 1, 0)
+    if clipped_ptr is not None:
+        clipped_before = tl.load(clipped_ptr + o_channels, mask=m_channels, other=0)
+        predicted *= tl.where(clipped_before != 0, 0, 1)
+    return running_mean, gamma / tl.sqrt(running_var + number(eps, ACC)), beta, predicted
+
+
+@triton.jit
+def write(
+    b_x, pivot, scale, shift, rows, columns, m_write, item, tile, residual_ptr, y_ptr, bits_ptr, chunks,
+    channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
+    ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+):  # fmt: skip
+    """y of one work item, and its packed bits."""
+    b_z = normalized(b_x, pivot, scale, shift)
+    if residual_ptr is not None:
+        o_residual = offsets(rows, columns, tile, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST)
+        b_z += tl.load(residual_ptr + o_residual, mask=m_write, other=0.0).to(b_z.dtype)
+    if bits_ptr is not None:
+        p_bits = bits_pointers(bits_ptr, rows, tile, item, chunks, channels, row_bytes, CHANNELS_LAST, INNER)
+        m_bytes = tl.max(tl.reshape(m_write.to(tl.int32), (OUTER, INNER // 8, 8)), 2) > 0
+        b_positive = tl.where(m_write, tl.where(b_z <= 0.0, 0, 1), 0)
+        tl.store(p_bits, pack(b_positive, OUTER, INNER), mask=m_bytes)
+    o_y = offsets(rows, columns, tile, y_outer_v, y_channel_v, VECTOR, CHANNELS_LAST)
+    tl.store(y_ptr + o_y, activate(b_z, ACTIVATION).to(y_ptr.dtype.element_ty), mask=m_write)
+
+
+@triton.jit
+def finish(
+    p_partials, splits, padded, predicted, o_channels, m_channels, o_padded, tile,
+    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, saved_ptr,
+    workspace_ptr, channels, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp,
+    momentum: tl.float64, eps: tl.float64, values: tl.float64,
+    ACC: tl.constexpr, CUMULATIVE: tl.constexpr, CHANNELS_LAST: tl.constexpr, CT: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The statistics of a channel tile, from all its splits in a fixed order, and all that follows from them."""
+    total = tl.zeros([MERGE_ROWS, CT], ACC)
+    weighted = tl.zeros([MERGE_ROWS, CT], ACC)
+    origin = tl.load(p_partials + splits * padded, cache_modifier=".cg")  # close to the mean: fewer digits lost
+    for start in range(0, splits, MERGE_ROWS):
+        o_splits = start + tl.arange(0, MERGE_ROWS)
+        p_count = p_partials[None, :] + (o_splits * padded)[:, None]
+        m_splits = (o_splits < splits)[:, None]
+        count = tl.load(p_count, mask=m_splits, other=0.0, cache_modifier=".cg")
+        mean = tl.load(p_count + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
+        total += count
+        weighted += tl.where(count > 0, count * (mean - origin[None, :]), 0.0)
+    m_values = number(values, ACC)
+    batch_mean = origin + tl.sum(weighted, 0) / tl.sum(total, 0)
+    squares = tl.zeros([MERGE_ROWS, CT], ACC)
+    for start in range(0, splits, MERGE_ROWS):
+        o_splits = start + tl.arange(0, MERGE_ROWS)
+        p_count = p_partials[None, :] + (o_splits * padded)[:, None]
+        m_splits = (o_splits < splits)[:, None]
+        count = tl.load(p_count, mask=m_splits, other=0.0, cache_modifier=".cg")
+        mean = tl.load(p_count + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
+        m2 = tl.load(p_count + 2 * splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
+        delta = mean - batch_mean[None, :]
+        squares += tl.where(count > 0, m2 + count * delta * delta, 0.0)
+    batch_var = tl.sum(squares, 0) / m_values
+
+    gamma, beta = affine_of(weight_ptr, bias_ptr, o_channels, m_channels, ACC)
+    batch_std = tl.sqrt(batch_var + number(eps, ACC))
+    r = batch_mean * 0.0 + 1.0
+    d = batch_mean * 0.0
+    wrong = tl.full([CT], 1, tl.int32)
+    pivot = batch_mean
+    scale = gamma / batch_std
+    shift = beta
+    if running_mean_ptr is not None:
+        running_mean = tl.load(running_mean_ptr + o_channels, mask=m_channels, other=0.0).to(ACC)
+        running_var = tl.load(running_var_ptr + o_channels, mask=m_channels, other=1.0).to(ACC)
+        running_std = tl.sqrt(running_var + number(eps, ACC))
+        r_limit, d_limit = limits_now(counter_ptr, limits_ptr, r_max, d_max, hold, r_ramp, d_ramp, ACC)
+        r = batch_std / running_std
+        d = (batch_mean - running_mean) / running_std
+        finite = is_finite(batch_mean) & is_finite(batch_var)
+        clipped = (r > r_limit) | (r < 1.0 / r_limit) | (tl.abs(d) > d_limit)
+        r = tl.where(r > r_limit, r_limit, tl.where(r < 1.0 / r_limit, 1.0 / r_limit, r))  # NaN stays NaN
+        d = tl.where(d > d_limit, d_limit, tl.where(d < -d_limit, -d_limit, d))
+        corrected = tl.where(finite, tl.where(clipped, 1, 0), 1)
+        pivot = tl.where(corrected != 0, batch_mean, running_mean)
+        scale = tl.where(corrected != 0, gamma * r / batch_std, gamma / running_std)
+        shift = tl.where(corrected != 0, gamma * d + beta, beta)
+        wrong = tl.where(corrected != 0, 1, 1 - predicted)
+
+        factor = number(momentum, ACC)
+        if CUMULATIVE:
+            factor = 1.0 / (tl.load(counter_ptr) + 1).to(ACC)
+        unbiased_var = batch_var * (m_values / (m_values - 1.0))
+        new_mean = (running_mean + factor * (batch_mean - running_mean)).to(running_mean_ptr.dtype.element_ty)
+        new_var = (running_var + factor * (unbiased_var - running_var)).to(running_var_ptr.dtype.element_ty)
+        m_finite = m_channels & finite
+        tl.store(running_mean_ptr + o_channels, new_mean, mask=m_finite & is_finite(new_mean.to(ACC)))
+        tl.store(running_var_ptr + o_channels, new_var, mask=m_finite & is_finite(new_var.to(ACC)))
+        if clipped_ptr is not None:
+            tl.store(clipped_ptr + o_channels, (corrected != 0).to(clipped_ptr.dtype.element_ty), mask=m_channels)
+
+    tl.store(saved_ptr + o_channels, batch_mean, mask=m_channels)
+    tl.store(saved_ptr + channels + o_channels, 1.0 / batch_std, mask=m_channels)
+    tl.store(saved_ptr + 2 * channels + o_channels, r, mask=m_channels)
+    tl.store(saved_ptr + 3 * channels + o_channels, d, mask=m_channels)
+    tl.store(workspace_ptr + o_padded, pivot)
+    tl.store(workspace_ptr + padded + o_padded, scale)
+    tl.store(workspace_ptr + 2 * padded + o_padded, shift)
+    wrong = tl.where(m_channels, wrong, 0)
+    if CHANNELS_LAST:
+        wrong_of_8 = tl.max(tl.reshape(wrong, (CT // 8, 8)), 1)
+        tl.store(workspace_ptr + 3 * padded + tile * (CT // 8) + tl.arange(0, CT // 8), wrong_of_8.to(ACC))
+    else:
+        tl.store(workspace_ptr + 3 * padded + o_padded, wrong.to(ACC))
+
+
+@triton.jit
+def repair_kernel(
+    x_ptr, residual_ptr, y_ptr, bits_ptr, counter_ptr, workspace_ptr,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Grid (channel tiles, splits): y of the channels that the stream kernel left out or wrote wrongly."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    CT: tl.constexpr = INNER if CHANNELS_LAST else 1
+    if counter_ptr is not None:
+        if (tile == 0) & (split == 0):
+            tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+    o_padded = tile * CT + tl.arange(0, CT)
+    p_wrong = workspace_ptr + 3 * padded
+    if CHANNELS_LAST:
+        p_wrong += tile * (INNER // 8) + tl.arange(0, INNER) // 8
+    else:
+        p_wrong += o_padded
+    wrong = tl.load(p_wrong) != 0.0
+    if tl.max(wrong.to(tl.int32), 0) > 0:
+        pivot = tl.load(workspace_ptr + o_padded)
+        scale = tl.load(workspace_ptr + padded + o_padded)
+        shift = tl.load(workspace_ptr + 2 * padded + o_padded)
+        first = split * items_per_split
+        end = tl.minimum(first + items_per_split, items)
+        for step in range(0, end - first):
+            item = end - 1 - step
+            rows, columns, m_exists = locate(
+                item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER
+            )  # fmt: skip
+            m_repair = m_exists & wrong[None, :]
+            o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
+            b_x = tl.load(x_ptr + o_x, mask=m_repair, other=0.0).to(ACC)
+            write(
+                b_x, pivot, scale, shift, rows, columns, m_repair, item, tile, residual_ptr, y_ptr, bits_ptr, chunks,
+                channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
+                ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
+            )  # fmt: skip
