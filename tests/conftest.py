@@ -6,6 +6,9 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels then run here, interpreted
+
 import brn_kernels
 from brn_kernels.backends import PREFERENCE
 
@@ -30,6 +33,8 @@ def backend(request, device):
         brn_kernels.backends.resolve(request.param, device.type)
     except RuntimeError as error:
         pytest.skip(str(error))
+    if request.param == "triton" and device.type == "cpu" and request.node.get_closest_marker("many_steps"):
+        pytest.skip("minutes under the Triton interpreter; what it tests lies above the backends, and runs on a GPU")
     with brn_kernels.use_backend(request.param):
         yield request.param
 

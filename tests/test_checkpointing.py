@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import brn_kernels as brn
 from brn_kernels import checkpointing
 
+pytestmark = pytest.mark.many_steps
+
 MODES = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 
 

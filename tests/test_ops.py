@@ -84,6 +84,7 @@ def compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.many_steps
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_compiled_training_equals_eager_over_a_moving_ramp_without_recompiling(backend, device, compiler, masked):
     torch.manual_seed(0)

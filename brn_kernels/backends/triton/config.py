@@ -16,7 +16,7 @@ import torch
 from ..layout import Layout
 
 # Four warps, each thread four 16-byte accesses a tile: 8 KB in flight a program. Five such programs fit the registers
-# of a multiprocessor, and 40 KB in flight cover a Hopper GPU's latency at full bandwidth (about 32 KB, by Little's law).
+# of a multiprocessor, and 40 KB in flight cover a Hopper GPU's latency at full bandwidth (32 KB, by Little's law).
 NUM_WARPS = 4
 ACCESS_BYTES = 16
 ACCESSES_PER_THREAD = 4

@@ -142,7 +142,7 @@ def apply_split(
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """dx and dresidual of one split of a channel tile, from its end to its beginning."""
+    """Dx and dresidual of one split of a channel tile, from its end to its beginning."""
     CT: tl.constexpr = INNER if CHANNELS_LAST else 1
     batch_mean, _, scale, shift = channel_values(
         saved_ptr, weight_ptr, bias_ptr, tile, channels, ACC, CHANNELS_LAST, INNER

@@ -91,7 +91,8 @@ def merge_rows(count, mean, m2):
     """Chan's formula for all rows at once: (ROWS, CT) to (CT,)."""
     total = tl.sum(count, 0)
     divisor = tl.where(total > 0, total, 1.0)
-    common = tl.sum(count * mean, 0) / divisor
+    near = tl.sum(count * mean, 0) / divisor
+    common = near + tl.sum(count * (mean - near[None, :]), 0) / divisor  # what rounding took from a large mean
     delta = mean - common[None, :]
     return total, common, tl.sum(m2 + count * delta * delta, 0)
 
@@ -140,7 +141,7 @@ def activate(b_z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_backward(b_dy, b_z, ACTIVATION: tl.constexpr):
-    """dy times the activation's derivative at z, with PyTorch's conventions at the kinks."""
+    """Dy times the activation's derivative at z, with PyTorch's conventions at the kinks."""
     if ACTIVATION == RELU:
         b_dy = tl.where(b_z <= 0.0, 0.0, b_dy)
     if ACTIVATION == LEAKY_RELU:

@@ -174,7 +174,7 @@ def write(
     ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
-    """y of one work item, and its packed bits."""
+    """Y of one work item, and its packed bits."""
     b_z = normalized(b_x, pivot, scale, shift)
     if residual_ptr is not None:
         o_residual = offsets(rows, columns, tile, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST)

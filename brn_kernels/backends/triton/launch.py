@@ -25,6 +25,11 @@ class _Side(NamedTuple):
     tensor: Tensor | None
     strides: tuple[int, int]
 
+    def copy_to(self, wanted: Tensor) -> None:
+        """Bring the values to the tensor they were wanted in, if they are not written there already."""
+        if self.tensor is not None and self.tensor is not wanted:
+            wanted.copy_(self.tensor)
+
 
 def is_fused(x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> bool:
     """Whether the kernels do this call; what they do not is the reference backend's."""
@@ -87,8 +92,7 @@ def forward(
             ACC=_ACC[acc], ACTIVATION=code, CHANNELS_LAST=launch.channels_last,
             OUTER=launch.outer, INNER=launch.inner, VECTOR=launch.vector, num_warps=launch.num_warps,
         )  # fmt: skip
-    if target.tensor is not y:
-        y.copy_(target.tensor)
+    target.copy_to(y)
     return y, saved, bits
 
 
@@ -151,9 +155,8 @@ def backward(
             )  # fmt: skip
             if needs_dx or needs_dresidual:
                 kernels_backward.apply_kernel[launch.grid](*tensors, *targets, workspace, *geometry, *strides, **tile)
-    for side, gradient in ((to_x, dx), (to_residual, dresidual)):
-        if side.tensor is not None and side.tensor is not gradient:
-            gradient.copy_(side.tensor)
+    to_x.copy_to(dx)
+    to_residual.copy_to(dresidual)
     return dx, dweight, dbias, dresidual
 
 
