@@ -15,12 +15,14 @@ import torch
 
 from ..layout import Layout
 
-# Four warps, each thread four 16-byte accesses a tile: 8 KB in flight a program. Five such programs fit the registers
-# of a multiprocessor, and 40 KB in flight cover a Hopper GPU's latency at full bandwidth (32 KB, by Little's law).
+# Four warps, each thread four 16-byte accesses a tile: 8 KB. By Little's law a Hopper GPU needs some 32 KB in flight on
+# each multiprocessor. The stream kernel (up to 205 registers) fits two to three programs, so it keeps STAGES - 1 tiles in
+# flight in shared memory; the others (at most 128 registers) fit four, and the backward loads two tiles at a time.
 NUM_WARPS = 4
 ACCESS_BYTES = 16
 ACCESSES_PER_THREAD = 4
-PROGRAMS_PER_MULTIPROCESSOR = 5  # one full wave: every program is resident from start to end
+STAGES = 3
+PROGRAMS_PER_MULTIPROCESSOR = 3  # no more than are resident at once, mostly: a second wave would leave most idle
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
 MIN_INNER = 8  # a byte of packed bits
@@ -48,7 +50,8 @@ class Launch:
     outer: int  # of a tile, a power of 2
     inner: int  # of a tile, a power of 2
     vector: int  # elements that every row start and row length is a multiple of; at most 16 bytes
-    group: int  # elements of a tile that one thread holds and reduces alone
+    group: int  # elements of a tile that one thread holds and reduces alone ...
+    group_rows: bool  # ... in one column, outer / group rows apart; otherwise side by side
     channel_tiles: int
     chunks: int  # tiles side by side in a row (contiguous layout)
     items: int  # of a channel tile
@@ -91,20 +94,21 @@ def launch_for(layout: Layout, itemsize: int, strides: tuple[int, ...], device: 
     if layout.channels_last:
         inner = min(max(_power_of_2(layout.inner), MIN_INNER), MAX_INNER_CHANNELS_LAST)
         channel_tiles, chunks = -(-layout.channels // inner), 1
-        group = ACCESSES_PER_THREAD
     else:
         inner = _inner_of_plane(layout.inner, elements)
         channel_tiles, chunks = layout.channels, -(-layout.inner // inner)
-        group = access
-    outer = min(elements // inner, max(_power_of_2(layout.outer), group if layout.channels_last else 1))
+    outer = min(elements // inner, _power_of_2(layout.outer))
     items = -(-layout.outer // outer) * chunks
     items_per_split, splits = _split(items, channel_tiles, device)
+    vector = _common_vector(access, (layout.inner, *strides))
+    group_rows = layout.channels_last or vector < access
     return Launch(
         channels_last=layout.channels_last,
         outer=outer,
         inner=inner,
-        vector=_common_vector(access, (layout.inner, *strides)),
-        group=min(group, outer if layout.channels_last else inner),
+        vector=vector,
+        group=min(ACCESSES_PER_THREAD, outer) if group_rows else access,
+        group_rows=group_rows,
         channel_tiles=channel_tiles,
         chunks=chunks,
         items=items,

@@ -66,8 +66,9 @@ def load_item(
     b_dy = tl.load(dy_ptr + o_dy, mask=m_exists, other=0.0).to(ACC)
     b_centered = b_x - batch_mean[None, :]
     if bits_ptr is not None:
-        p_bits = bits_pointers(bits_ptr, rows, tile, item, chunks, channels, row_bytes, CHANNELS_LAST, INNER)
-        m_bytes = tl.max(tl.reshape(m_exists.to(tl.int32), (OUTER, INNER // 8, 8)), 2) > 0
+        p_bits, m_bytes = bits_pointers(
+            bits_ptr, rows, tile, item, chunks, outer_size, channels, row_bytes, CHANNELS_LAST, INNER
+        )  # fmt: skip
         b_dy = tl.where(unpack(tl.load(p_bits, mask=m_bytes, other=0), OUTER, INNER), b_dy, 0.0)
     elif ACTIVATION != NONE:
         b_z = tl.fma(b_centered, scale[None, :], shift[None, :])
@@ -81,11 +82,11 @@ def reduce_split(
     outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    GROUP: tl.constexpr, VECTOR: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """S1 and S2 of one split of a channel tile, into the workspace."""
     CT: tl.constexpr = INNER if CHANNELS_LAST else 1
-    ROWS: tl.constexpr = OUTER // GROUP if CHANNELS_LAST else OUTER * INNER // GROUP
+    ROWS: tl.constexpr = OUTER * INNER // GROUP // CT
     batch_mean, inv_std, scale, shift = channel_values(
         saved_ptr, weight_ptr, bias_ptr, tile, channels, ACC, CHANNELS_LAST, INNER
     )  # fmt: skip
@@ -98,8 +99,8 @@ def reduce_split(
             row_bytes, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
             ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
         )  # fmt: skip
-        s1 += in_groups(b_dy, CHANNELS_LAST, OUTER, INNER, GROUP)
-        s2 += in_groups(b_dy * b_centered, CHANNELS_LAST, OUTER, INNER, GROUP)
+        s1 += in_groups(b_dy, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
+        s2 += in_groups(b_dy * b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
     p_partials = workspace_ptr + 2 * padded + tile * CT + tl.arange(0, CT)
     tl.store(p_partials + split * padded, tl.sum(s1, 0))
     tl.store(p_partials + (splits + split) * padded, tl.sum(s2, 0) * inv_std)
@@ -177,14 +178,14 @@ def reduce_kernel(
     outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, values: tl.float64,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    GROUP: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, splits)."""
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     reduce_split(
         tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr, outer_size,
         channels, inner_v, chunks, items, items_per_split, padded, row_bytes, dy_outer_v, dy_channel_v, x_outer_v,
-        x_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, GROUP, VECTOR,
+        x_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS, VECTOR,
     )  # fmt: skip
     if arrive(tickets_ptr + tile, splits):
         finish_sums(
@@ -218,7 +219,7 @@ def slabs_kernel(
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
     channel_tiles, tiles_per_slab, splits, values: tl.float64,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    GROUP: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Any one-dimensional grid: each program claims pieces of work by an increasing ticket until there are none.
 
@@ -255,7 +256,7 @@ def slabs_kernel(
                     tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr,
                     outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, dy_outer_v,
                     dy_channel_v, x_outer_v, x_channel_v,
-                    ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, GROUP, VECTOR,
+                    ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS, VECTOR,
                 )  # fmt: skip
                 if arrive(p_arrived + tile, splits):
                     finish_sums(

@@ -60,41 +60,45 @@ def offsets(rows, columns, tile, outer_stride_v, channel_stride_v, VECTOR: tl.co
 
 
 @triton.jit
-def in_groups(b, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr):
-    """(OUTER, INNER) summed over groups: (ROWS, CT). The elements of a group lie in one thread's registers."""
+def values_of(
+    item, chunks, outer_size, inner_size, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
+):  # fmt: skip
+    """How many values of a channel a work item has, int64."""
+    item = tl.cast(item, tl.int64)
     if CHANNELS_LAST:
-        return tl.sum(tl.reshape(b, (GROUP, OUTER // GROUP, INNER)), 0)
+        return tl.minimum(outer_size - item * OUTER, OUTER)
+    else:
+        columns = tl.minimum(inner_size - (item % chunks) * INNER, INNER)
+        return tl.minimum(outer_size - (item // chunks) * OUTER, OUTER) * columns
+
+
+@triton.jit
+def in_channels(b, CHANNELS_LAST: tl.constexpr):
+    """(OUTER, INNER) summed over what belongs to a channel: (CT,)."""
+    b_rows = tl.sum(b, 0)
+    if CHANNELS_LAST:
+        return b_rows
+    else:
+        return tl.sum(b_rows[:, None], 0)
+
+
+@triton.jit
+def in_groups(
+    b, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+):  # fmt: skip
+    """(OUTER, INNER) summed over groups of GROUP elements that one thread holds: (ROWS, CT), no thread waits.
+
+    A thread holds neighbours in a row (an access), and the same columns of rows that lie OUTER / GROUP apart.
+    """
+    if GROUP_ROWS:
+        b_sums = tl.sum(tl.reshape(b, (GROUP, OUTER // GROUP, INNER)), 0)
+        if CHANNELS_LAST:
+            return b_sums
+        else:
+            return tl.reshape(b_sums, (OUTER * INNER // GROUP, 1))
     else:
         return tl.sum(tl.reshape(b, (OUTER * INNER // GROUP, GROUP)), 1)[:, None]
-
-
-@triton.jit
-def spread(b, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr):
-    """The inverse shape of ``in_groups``: (ROWS, CT) repeated to (OUTER, INNER)."""
-    if CHANNELS_LAST:
-        return tl.reshape(tl.broadcast_to(b[None, :, :], (GROUP, OUTER // GROUP, INNER)), (OUTER, INNER))
-    else:
-        return tl.reshape(tl.broadcast_to(b, (OUTER * INNER // GROUP, GROUP)), (OUTER, INNER))
-
-
-@triton.jit
-def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Chan's formula: count, mean and sum of squares about it of two sets together."""
-    count = count_a + count_b
-    delta = mean_b - mean_a
-    share = count_b / tl.where(count > 0, count, 1.0)
-    return count, mean_a + delta * share, m2_a + m2_b + delta * delta * (count_a * share)
-
-
-@triton.jit
-def merge_rows(count, mean, m2):
-    """Chan's formula for all rows at once: (ROWS, CT) to (CT,)."""
-    total = tl.sum(count, 0)
-    divisor = tl.where(total > 0, total, 1.0)
-    near = tl.sum(count * mean, 0) / divisor
-    common = near + tl.sum(count * (mean - near[None, :]), 0) / divisor  # what rounding took from a large mean
-    delta = mean - common[None, :]
-    return total, common, tl.sum(m2 + count * delta * delta, 0)
 
 
 @triton.jit
@@ -156,17 +160,17 @@ def activation_backward(b_dy, b_z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def bits_pointers(
-    bits_ptr, rows, tile, item, chunks, channels, row_bytes,
+    bits_ptr, rows, tile, item, chunks, outer_size, channels, row_bytes,
     CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """(OUTER, INNER / 8) pointers to a tile's packed bits (``layout.bits_shape``)."""
+    """(OUTER, INNER / 8) pointers to a tile's packed bits (``layout.bits_shape``), and which bytes exist."""
     if CHANNELS_LAST:
         o_bytes = tile * (INNER // 8) + tl.arange(0, INNER // 8)
         o_rows = rows
     else:
         o_bytes = tl.cast(tl.cast(item, tl.int64) % chunks, tl.int32) * (INNER // 8) + tl.arange(0, INNER // 8)
         o_rows = rows * channels + tile
-    return bits_ptr + o_rows * row_bytes + o_bytes[None, :]
+    return bits_ptr + o_rows * row_bytes + o_bytes[None, :], (rows < outer_size) & (o_bytes < row_bytes)[None, :]
 
 
 @triton.jit

@@ -18,15 +18,14 @@ from .kernels_common import (
     arrive,
     bits_pointers,
     channels_of,
+    in_channels,
     in_groups,
     is_finite,
     locate,
-    merge,
-    merge_rows,
     number,
     offsets,
     pack,
-    spread,
+    values_of,
 )
 
 COEFFICIENT_ROWS = 4
@@ -90,12 +89,18 @@ def stream_kernel(
     r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp,
     momentum: tl.float64, eps: tl.float64, values: tl.float64,
     ACC: tl.constexpr, CUMULATIVE: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (channel tiles, splits): statistics, and y where it is predicted not to be clipped."""
+    """Grid (channel tiles, splits): statistics, and y where it is predicted not to be clipped.
+
+    A split's sums are taken about the mean of its first item, ``origin``. That mean is of a k-th of the values, so its
+    square distance from the mean of all is at most k variances: what cancels in s2 - s1^2 / count is bounded, however
+    large the mean is.
+    """
     tile, split = tl.program_id(0), tl.program_id(1)
     CT: tl.constexpr = INNER if CHANNELS_LAST else 1
-    ROWS: tl.constexpr = OUTER // GROUP if CHANNELS_LAST else OUTER * INNER // GROUP
+    ROWS: tl.constexpr = OUTER * INNER // GROUP // CT
     o_channels = channels_of(tile, CHANNELS_LAST, INNER)
     m_channels = o_channels < channels
 
@@ -111,33 +116,38 @@ def stream_kernel(
         )  # fmt: skip
         speculates = tl.max(predicted, 0) > 0
 
-    count = tl.zeros([ROWS, CT], ACC)
-    mean = tl.zeros([ROWS, CT], ACC)
-    m2 = tl.zeros([ROWS, CT], ACC)
+    origin = tl.zeros([CT], ACC)
+    s1 = tl.zeros([ROWS, CT], ACC)
+    s2 = tl.zeros([ROWS, CT], ACC)
+    count = tl.full([], 0, tl.int64)
+    m_all = tl.full([1, 1], 1, tl.int1)
     first = split * items_per_split
-    for item in range(first, tl.minimum(first + items_per_split, items)):
+    for item in tl.range(first, tl.minimum(first + items_per_split, items), num_stages=STAGES):
         rows, columns, m_exists = locate(item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
         o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
         b_x = tl.load(x_ptr + o_x, mask=m_exists, other=0.0).to(ACC)
-        item_count = in_groups(m_exists.to(ACC), CHANNELS_LAST, OUTER, INNER, GROUP)
-        item_mean = in_groups(b_x, CHANNELS_LAST, OUTER, INNER, GROUP) / tl.where(item_count > 0, item_count, 1.0)
-        b_centered = tl.where(m_exists, b_x - spread(item_mean, CHANNELS_LAST, OUTER, INNER, GROUP), 0.0)
-        item_m2 = in_groups(b_centered * b_centered, CHANNELS_LAST, OUTER, INNER, GROUP)
-        count, mean, m2 = merge(count, mean, m2, item_count, item_mean, item_m2)
+        item_count = values_of(item, chunks, outer_size, inner_v * VECTOR, CHANNELS_LAST, OUTER, INNER)
+        if item == first:
+            origin = in_channels(b_x, CHANNELS_LAST) / item_count.to(ACC)
+        b_centered = tl.where(m_exists, b_x - origin[None, :], 0.0)
+        s1 += in_groups(b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
+        s2 += in_groups(b_centered * b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
+        count += item_count
         if speculates:
             write(
-                b_x, pivot, scale, shift, rows, columns, m_exists, item, tile, residual_ptr, y_ptr, bits_ptr, chunks,
-                channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
+                b_x, pivot, scale, shift, rows, columns, m_exists, m_all, item, tile, residual_ptr, y_ptr, bits_ptr,
+                chunks, outer_size, channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
                 ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
             )  # fmt: skip
 
     splits = tl.num_programs(1)
     o_padded = tile * CT + tl.arange(0, CT)
-    count_of_split, mean_of_split, m2_of_split = merge_rows(count, mean, m2)
+    s1_total, s2_total = tl.sum(s1, 0), tl.sum(s2, 0)
+    b_count = s1_total * 0.0 + count.to(ACC)
     p_partials = workspace_ptr + 4 * padded + o_padded
-    tl.store(p_partials + split * padded, count_of_split)
-    tl.store(p_partials + (splits + split) * padded, mean_of_split)
-    tl.store(p_partials + (2 * splits + split) * padded, m2_of_split)
+    tl.store(p_partials + split * padded, b_count)
+    tl.store(p_partials + (splits + split) * padded, origin + s1_total / b_count)
+    tl.store(p_partials + (2 * splits + split) * padded, s2_total - s1_total * (s1_total / b_count))
     if arrive(tickets_ptr + tile, splits):
         finish(
             p_partials, splits, padded, predicted, o_channels, m_channels, o_padded, tile,
@@ -169,8 +179,8 @@ def prediction(
 
 @triton.jit
 def write(
-    b_x, pivot, scale, shift, rows, columns, m_write, item, tile, residual_ptr, y_ptr, bits_ptr, chunks,
-    channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
+    b_x, pivot, scale, shift, rows, columns, m_write, m_groups, item, tile, residual_ptr, y_ptr, bits_ptr, chunks,
+    outer_size, channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
     ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
@@ -180,10 +190,11 @@ def write(
         o_residual = offsets(rows, columns, tile, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST)
         b_z += tl.load(residual_ptr + o_residual, mask=m_write, other=0.0).to(b_z.dtype)
     if bits_ptr is not None:
-        p_bits = bits_pointers(bits_ptr, rows, tile, item, chunks, channels, row_bytes, CHANNELS_LAST, INNER)
-        m_bytes = tl.max(tl.reshape(m_write.to(tl.int32), (OUTER, INNER // 8, 8)), 2) > 0
+        p_bits, m_bytes = bits_pointers(
+            bits_ptr, rows, tile, item, chunks, outer_size, channels, row_bytes, CHANNELS_LAST, INNER
+        )  # fmt: skip
         b_positive = tl.where(m_write, tl.where(b_z <= 0.0, 0, 1), 0)
-        tl.store(p_bits, pack(b_positive, OUTER, INNER), mask=m_bytes)
+        tl.store(p_bits, pack(b_positive, OUTER, INNER), mask=m_bytes & m_groups)
     o_y = offsets(rows, columns, tile, y_outer_v, y_channel_v, VECTOR, CHANNELS_LAST)
     tl.store(y_ptr + o_y, activate(b_z, ACTIVATION).to(y_ptr.dtype.element_ty), mask=m_write)
 
@@ -292,10 +303,12 @@ def repair_kernel(
     o_padded = tile * CT + tl.arange(0, CT)
     p_wrong = workspace_ptr + 3 * padded
     if CHANNELS_LAST:
-        p_wrong += tile * (INNER // 8) + tl.arange(0, INNER) // 8
+        p_wrong += tile * (INNER // 8)
+        wrong = tl.load(p_wrong + tl.arange(0, INNER) // 8) != 0.0
+        m_groups = (tl.load(p_wrong + tl.arange(0, INNER // 8)) != 0.0)[None, :]
     else:
-        p_wrong += o_padded
-    wrong = tl.load(p_wrong) != 0.0
+        wrong = tl.load(p_wrong + o_padded) != 0.0
+        m_groups = wrong[None, :]
     if tl.max(wrong.to(tl.int32), 0) > 0:
         pivot = tl.load(workspace_ptr + o_padded)
         scale = tl.load(workspace_ptr + padded + o_padded)
@@ -311,7 +324,7 @@ def repair_kernel(
             o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
             b_x = tl.load(x_ptr + o_x, mask=m_repair, other=0.0).to(ACC)
             write(
-                b_x, pivot, scale, shift, rows, columns, m_repair, item, tile, residual_ptr, y_ptr, bits_ptr, chunks,
-                channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
+                b_x, pivot, scale, shift, rows, columns, m_repair, m_groups, item, tile, residual_ptr, y_ptr,
+                bits_ptr, chunks, outer_size, channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
                 ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
             )  # fmt: skip

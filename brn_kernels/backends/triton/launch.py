@@ -83,8 +83,8 @@ def forward(
             r_max, d_max, int(hold), int(r_ramp), int(d_ramp), 0.0 if momentum is None else momentum, eps,
             float(x.numel() // shape.channels),
             ACC=_ACC[acc], CUMULATIVE=momentum is None, ACTIVATION=code, CHANNELS_LAST=launch.channels_last,
-            OUTER=launch.outer, INNER=launch.inner, GROUP=launch.group, VECTOR=launch.vector,
-            MERGE_ROWS=config.MERGE_ROWS, num_warps=launch.num_warps,
+            OUTER=launch.outer, INNER=launch.inner, GROUP=launch.group, GROUP_ROWS=launch.group_rows, VECTOR=launch.vector,
+            MERGE_ROWS=config.MERGE_ROWS, STAGES=config.STAGES, num_warps=launch.num_warps,
         )  # fmt: skip
         kernels_forward.repair_kernel[launch.grid](
             source.tensor, extra.tensor, target.tensor, bits_or_none, num_batches_tracked, workspace,
@@ -141,7 +141,7 @@ def backward(
         "ACC": _ACC[acc], "ACTIVATION": ACTIVATION_CODES[activation], "CHANNELS_LAST": launch.channels_last,
         "OUTER": launch.outer, "INNER": launch.inner, "VECTOR": launch.vector, "num_warps": launch.num_warps,
     }  # fmt: skip
-    sums = {"GROUP": launch.group, "MERGE_ROWS": config.MERGE_ROWS}
+    sums = {"GROUP": launch.group, "GROUP_ROWS": launch.group_rows, "MERGE_ROWS": config.MERGE_ROWS}
     with _on_device(x):
         if slab:
             kernels_backward.slabs_kernel[(config.slab_programs(launch, slab, device),)](

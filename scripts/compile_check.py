@@ -1,0 +1,229 @@
+"""Compile every kernel variant in use for real GPUs, without one, and look at what came out.
+
+Fails if a variant does not compile, spills registers, or moves activations in accesses narrower than alignment allows.
+Run it as ``make compile-check``; ``--quick`` takes one architecture and fewer variants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from tabulate import tabulate
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from brn_kernels.backends import layout, reference
+from brn_kernels.backends.triton import config, kernels_backward, kernels_forward, launch
+
+ARCHITECTURES = (80, 90, 100)
+KERNELS = {
+    kernels_forward: ("stream_kernel", "repair_kernel"),
+    kernels_backward: ("reduce_kernel", "apply_kernel", "slabs_kernel"),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+TRITON_TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+FUSED = [(None, False), ("relu", False), ("relu", True), (None, True)]  # activation, residual
+OTHER_ACTIVATIONS = [("leaky_relu", False), ("silu", False), ("hardswish", False)]
+# (N, C, H, W) and whether it is channels_last: what distinguishes launches is the tile, the vector and the slab
+SHAPES = {
+    "channels_last": ((256, 256, 56, 56), True),
+    "channels_last, slabs": ((256, 1024, 14, 14), True),
+    "channels_last, 24 channels": ((64, 24, 56, 56), True),
+    "contiguous 56x56": ((256, 64, 56, 56), False),
+    "contiguous 28x28, slabs": ((256, 512, 28, 28), False),
+    "contiguous 7x7": ((256, 2048, 7, 7), False),
+}
+# Source text of the loads and stores that move activations; what else a kernel reads is per channel or per bit.
+BULK = re.compile(r"tl\.(load|store)\((x|dy|residual|y|dx|dresidual)_ptr \+ o_")
+PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bus](\d+)\b")
+SASS_SPILL = re.compile(r"\b(LDL|STL)\b")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation: a kernel with the types, constants and divisibilities of a launch."""
+
+    kernel: str
+    label: str
+    vector_bytes: int
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    num_warps: int
+
+
+class Recorder:
+    """Stands in for a kernel and notes how it is launched."""
+
+    def __init__(self, kernel: Any, name: str, found: dict[Variant, None]) -> None:
+        self.kernel, self.name, self.found = kernel, name, found
+        self.label, self.itemsize = "", 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.record
+
+    def record(self, *arguments: Any, num_warps: int, **constexprs: Any) -> None:
+        signature, constants, divisible = {}, dict(constexprs), []
+        for parameter, value in zip(self.kernel.params, arguments, strict=False):
+            name = parameter.name
+            if value is None or (isinstance(value, int) and value == 1):
+                constants[name] = value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TRITON_TYPES[value.dtype]
+                divisible.append(name)
+            elif isinstance(value, float):
+                signature[name] = "fp64"
+            else:
+                signature[name] = "i64" if abs(value) >= 2**31 else "i32"
+                divisible += [name] if value % 16 == 0 else []
+        for name in constants:
+            signature[name] = "constexpr"
+        variant = Variant(
+            self.name, self.label, constexprs["VECTOR"] * self.itemsize,
+            tuple((p.name, signature[p.name]) for p in self.kernel.params),
+            tuple(sorted(constants.items(), key=lambda pair: pair[0])), tuple(divisible), num_warps,
+        )  # fmt: skip
+        same = next((v for v in self.found if v == Variant(**{**vars(variant), "label": v.label})), None)
+        if same is None:
+            self.found[variant] = None
+
+
+def variants(quick: bool) -> list[Variant]:
+    """Every distinct compilation that the library's own launch code asks for, over the shapes above."""
+    found: dict[Variant, None] = {}
+    recorders = []
+    for module, names in KERNELS.items():
+        for name in names:
+            recorder = Recorder(getattr(module, name), name, found)
+            setattr(module, name, recorder)
+            recorders.append(recorder)
+    dtypes = {"bf16": torch.bfloat16} if quick else DTYPES
+    for (shape_label, (shape, channels_last)), (dtype_label, dtype) in itertools.product(
+        SHAPES.items(), dtypes.items()
+    ):
+        more = OTHER_ACTIVATIONS if shape_label in ("channels_last", "contiguous 56x56") else []
+        for activation, with_residual in FUSED + more:
+            for recorder in recorders:
+                fused = f"{activation or 'no activation'}{' + residual' if with_residual else ''}"
+                recorder.label = f"{shape_label}, {dtype_label}, {fused}"
+                recorder.itemsize = dtype.itemsize
+            launch_once(shape, channels_last, dtype, activation, with_residual)
+    for module, names in KERNELS.items():
+        for name in names:
+            setattr(module, name, getattr(module, name).kernel)
+    return list(found)
+
+
+def launch_once(shape: Any, channels_last: bool, dtype: torch.dtype, activation: str | None, residual: bool) -> None:
+    """A forward and backward of the library on tensors without memory."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    acc, channels = reference.statistics_dtype(x), shape[1]
+    vectors = [torch.empty(channels, dtype=acc, device="meta") for _ in range(4)]
+    weight, bias, mean, var = vectors
+    counter = torch.empty((), dtype=torch.int64, device="meta")
+    clipped = torch.empty(channels, dtype=torch.bool, device="meta")
+    extra = torch.empty_like(x) if residual else None
+    y, saved, bits = launch.forward(
+        x, extra, None, weight, bias, mean, var, counter, clipped, None, [3.0, 5.0, 5000.0, 35000.0, 20000.0], 0.01,
+        1e-5, activation,
+    )  # fmt: skip
+    launch.backward(torch.empty_like(y), x, None, None, weight, bias, saved, bits, activation, True, residual)
+
+
+def compile_variant(variant: Variant, architecture: int) -> list[Any]:
+    """A row of the table; the last entry says what is wrong, if anything."""
+    module = kernels_forward if variant.kernel in KERNELS[kernels_forward] else kernels_backward
+    kernel = getattr(module, variant.kernel)
+    position = {parameter.name: i for i, parameter in enumerate(kernel.params)}
+    source = ASTSource(
+        kernel, dict(variant.signature), {(position[n],): value for n, value in variant.constants},
+        {(position[n],): [["tt.divisibility", 16]] for n in variant.divisible},
+    )  # fmt: skip
+    row = [f"sm_{architecture}", variant.kernel, variant.label]
+    try:
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.num_warps}
+        )
+    except Exception as error:  # whatever the compiler raises is the finding
+        return [*row, "", "", "", "", f"does not compile: {str(error).splitlines()[0]}"]
+    registers, stack, spills = resources(compiled.asm["cubin"])
+    narrowest = narrowest_bulk_access(compiled.asm["ptx"])
+    wanted = min(16, variant.vector_bytes)
+    faults = []
+    if spills or stack:
+        faults.append(f"{spills} spills, {stack} bytes of stack")
+    if narrowest < wanted:
+        faults.append(f"accesses of {narrowest} bytes, {wanted} possible")
+    return [*row, registers, compiled.metadata.shared, spills, f"{narrowest} of {wanted}", "; ".join(faults)]
+
+
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, bytes of stack, and instructions that touch local memory."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    fields = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return int(fields["REG"]), int(fields["STACK"]), len(SASS_SPILL.findall(sass))
+
+
+def narrowest_bulk_access(ptx: str) -> int:
+    """Bytes of the narrowest access that moves activations, found by the source line of each instruction."""
+    files: dict[str, str] = {number: path for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', ptx)}
+    lines: dict[str, list[str]] = {}
+    narrowest, here = 0, ""
+    for line in ptx.splitlines():
+        if location := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
+            path = files[location[1]]
+            if path not in lines:
+                lines[path] = Path(path).read_text().splitlines()
+            here = lines[path][int(location[2]) - 1]
+        elif (access := PTX_ACCESS.search(line)) and BULK.search(here):
+            width = int(access[2] or 1) * int(access[3]) // 8
+            narrowest = width if narrowest == 0 else min(narrowest, width)
+    if narrowest == 0:
+        raise RuntimeError("no access to an activation found: have the kernels' lines changed?")
+    return narrowest
+
+
+def main() -> int:
+    """Print the table; return 1 if there is a fault."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="bf16 on sm_90 only")
+    parser.add_argument("--faults", action="store_true", help="print only rows with a fault, and the summary")
+    arguments = parser.parse_args()
+    jobs = list(itertools.product(variants(arguments.quick), (90,) if arguments.quick else ARCHITECTURES))
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(compile_variant, *job) for job in jobs]
+        rows = [future.result() for future in tqdm(futures, unit="variant", mininterval=2)]
+    headers = ["GPU", "kernel", "launch", "registers", "shared", "spills", "bytes", "fault"]
+    print(tabulate([row for row in rows if row[-1] or not arguments.faults], headers, disable_numparse=True))
+    faults = collections.Counter(bool(row[-1]) for row in rows)
+    print(f"\n{len(rows)} compilations, {faults[True]} with a fault (triton {triton.__version__})")
+    return 1 if faults[True] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
