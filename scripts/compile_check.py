@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from brn_kernels.backends import layout, reference
-from brn_kernels.backends.triton import config, kernels_backward, kernels_forward, launch
+from brn_kernels.backends import reference
+from brn_kernels.backends.triton import kernels_backward, kernels_forward, launch
 
 ARCHITECTURES = (80, 90, 100)
 KERNELS = {
@@ -52,9 +52,11 @@ SHAPES = {
     "contiguous 28x28, slabs": ((256, 512, 28, 28), False),
     "contiguous 7x7": ((256, 2048, 7, 7), False),
 }
-# Source text of the loads and stores that move activations; what else a kernel reads is per channel or per bit.
-BULK = re.compile(r"tl\.(load|store)\((x|dy|residual|y|dx|dresidual)_ptr \+ o_")
-PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bus](\d+)\b")
+BULK = {"x_ptr", "dy_ptr", "residual_ptr", "y_ptr", "dx_ptr", "dresidual_ptr"}  # what else is read is small
+PTX_PARAMETER = re.compile(r"ld\.param\.b64\s+(%rd\d+), \[\w+?_param_(\d+)\]")
+PTX_ARITHMETIC = re.compile(r"\s(?:@!?%p\d+ )?(?:add|sub|mov|selp|cvta|mad|shl)\S*\s+(%rd\d+), (.*);")
+PTX_ACCESS = re.compile(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bus](\d+)\b.*?\[ (%rd\d+)")
+PTX_ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global .*?\], \[ (%rd\d+).*?\], (0x[0-9a-f]+|\d+)")
 SASS_SPILL = re.compile(r"\b(LDL|STL)\b")
 
 
@@ -63,7 +65,7 @@ class Variant:
     """One compilation: a kernel with the types, constants and divisibilities of a launch."""
 
     kernel: str
-    label: str
+    label: str = field(compare=False)
     vector_bytes: int
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
@@ -82,6 +84,7 @@ class Recorder:
         return self.record
 
     def record(self, *arguments: Any, num_warps: int, **constexprs: Any) -> None:
+        """A launch."""
         signature, constants, divisible = {}, dict(constexprs), []
         for parameter, value in zip(self.kernel.params, arguments, strict=False):
             name = parameter.name
@@ -102,9 +105,7 @@ class Recorder:
             tuple((p.name, signature[p.name]) for p in self.kernel.params),
             tuple(sorted(constants.items(), key=lambda pair: pair[0])), tuple(divisible), num_warps,
         )  # fmt: skip
-        same = next((v for v in self.found if v == Variant(**{**vars(variant), "label": v.label})), None)
-        if same is None:
-            self.found[variant] = None
+        self.found.setdefault(variant)
 
 
 def variants(quick: bool) -> list[Variant]:
@@ -167,7 +168,10 @@ def compile_variant(variant: Variant, architecture: int) -> list[Any]:
     except Exception as error:  # whatever the compiler raises is the finding
         return [*row, "", "", "", "", f"does not compile: {str(error).splitlines()[0]}"]
     registers, stack, spills = resources(compiled.asm["cubin"])
-    narrowest = narrowest_bulk_access(compiled.asm["ptx"])
+    parameters = [name for name, kind in variant.signature if kind != "constexpr"]
+    narrowest = narrowest_bulk_access(compiled.asm["ptx"], parameters)
+    if narrowest == 0:
+        return [*row, registers, compiled.metadata.shared, spills, "", "no access to activations found"]
     wanted = min(16, variant.vector_bytes)
     faults = []
     if spills or stack:
@@ -189,23 +193,25 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
     return int(fields["REG"]), int(fields["STACK"]), len(SASS_SPILL.findall(sass))
 
 
-def narrowest_bulk_access(ptx: str) -> int:
-    """Bytes of the narrowest access that moves activations, found by the source line of each instruction."""
-    files: dict[str, str] = {number: path for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', ptx)}
-    lines: dict[str, list[str]] = {}
-    narrowest, here = 0, ""
+def narrowest_bulk_access(ptx: str, parameters: list[str]) -> int:
+    """Bytes of the narrowest access that moves activations: whose address comes from one of their pointers."""
+    origin: dict[str, str] = {}  # of a 64-bit register: the pointer it was computed from
+    for line in ptx.splitlines() * 2:  # twice, for what a loop carries back
+        if match := PTX_PARAMETER.search(line):
+            name = parameters[int(match[2])] if int(match[2]) < len(parameters) else ""
+            if name.endswith("_ptr"):
+                origin[match[1]] = name
+        elif match := PTX_ARITHMETIC.match(line):
+            for source in re.findall(r"%rd\d+", match[2]):
+                if source in origin:
+                    origin[match[1]] = origin[source]
+    widths = []
     for line in ptx.splitlines():
-        if location := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
-            path = files[location[1]]
-            if path not in lines:
-                lines[path] = Path(path).read_text().splitlines()
-            here = lines[path][int(location[2]) - 1]
-        elif (access := PTX_ACCESS.search(line)) and BULK.search(here):
-            width = int(access[2] or 1) * int(access[3]) // 8
-            narrowest = width if narrowest == 0 else min(narrowest, width)
-    if narrowest == 0:
-        raise RuntimeError("no access to an activation found: have the kernels' lines changed?")
-    return narrowest
+        if (match := PTX_ACCESS.search(line)) and origin.get(match[3]) in BULK:
+            widths.append(int(match[1] or 1) * int(match[2]) // 8)
+        if (match := PTX_ASYNC_COPY.search(line)) and origin.get(match[1]) in BULK:
+            widths.append(int(match[2], 0))
+    return min(widths, default=0)
 
 
 def main() -> int:
@@ -215,7 +221,8 @@ def main() -> int:
     parser.add_argument("--faults", action="store_true", help="print only rows with a fault, and the summary")
     arguments = parser.parse_args()
     jobs = list(itertools.product(variants(arguments.quick), (90,) if arguments.quick else ARCHITECTURES))
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory() as cache, concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        os.environ["TRITON_CACHE_DIR"] = cache
         futures = [pool.submit(compile_variant, *job) for job in jobs]
         rows = [future.result() for future in tqdm(futures, unit="variant", mininterval=2)]
     headers = ["GPU", "kernel", "launch", "registers", "shared", "spills", "bytes", "fault"]

@@ -16,8 +16,8 @@ import torch
 from ..layout import Layout
 
 # Four warps, each thread four 16-byte accesses a tile: 8 KB. By Little's law a Hopper GPU needs some 32 KB in flight on
-# each multiprocessor. The stream kernel (up to 205 registers) fits two to three programs, so it keeps STAGES - 1 tiles in
-# flight in shared memory; the others (at most 128 registers) fit four, and the backward loads two tiles at a time.
+# each multiprocessor. The stream kernel (up to 205 registers) fits two to three programs, so it keeps STAGES - 1 tiles
+# in flight in shared memory; the others (at most 160 registers) fit three, and the backward loads two tiles at a time.
 NUM_WARPS = 4
 ACCESS_BYTES = 16
 ACCESSES_PER_THREAD = 4

@@ -36,18 +36,30 @@ def channels_of(tile, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr):
 @triton.jit
 def locate(
     item, tile, chunks, outer_size, inner_v, VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, IN_EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
-    """Rows (OUTER, 1) in 64 bits, columns (1, INNER), and which elements (OUTER, INNER) of a work item exist."""
+    """Where a work item lies: its rows, in 64 bits, its columns, and which of its elements exist.
+
+    Shapes (OUTER, 1), (1, INNER), (OUTER, INNER); or (OUTER, 1, 1), (1, INNER / 8, 8), (OUTER, INNER / 8, 8).
+    """
     item = tl.cast(item, tl.int64)
-    if CHANNELS_LAST:
-        rows = item * OUTER + tl.arange(0, OUTER)
-        columns = tile * INNER + tl.arange(0, INNER)
+    rows = tl.arange(0, OUTER)
+    if IN_EIGHTS:
+        columns = (tl.arange(0, INNER // 8) * 8)[:, None] + tl.arange(0, 8)[None, :]
+        rows = rows[:, None]
     else:
-        rows = (item // chunks) * OUTER + tl.arange(0, OUTER)
-        columns = tl.cast(item % chunks, tl.int32) * INNER + tl.arange(0, INNER)
-    m_exists = (rows < outer_size)[:, None] & (columns < inner_v * VECTOR)[None, :]
-    return rows[:, None], columns[None, :], m_exists
+        columns = tl.arange(0, INNER)
+    if CHANNELS_LAST:
+        rows = item * OUTER + rows
+        columns += tile * INNER
+    else:
+        rows = (item // chunks) * OUTER + rows
+        columns += tl.cast(item % chunks, tl.int32) * INNER
+    if IN_EIGHTS:
+        rows, columns = rows[:, :, None], columns[None, :, :]
+    else:
+        rows, columns = rows[:, None], columns[None, :]
+    return rows, columns, (rows < outer_size) & (columns < inner_v * VECTOR)
 
 
 @triton.jit

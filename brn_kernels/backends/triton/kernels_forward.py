@@ -73,12 +73,6 @@ def affine_of(weight_ptr, bias_ptr, o_channels, m_channels, ACC: tl.constexpr):
 
 
 @triton.jit
-def normalized(b_x, pivot, scale, shift):
-    """The one way in which any pass computes z, so that its bits do not depend on the pass."""
-    return tl.fma(b_x - pivot[None, :], scale[None, :], shift[None, :])
-
-
-@triton.jit
 def stream_kernel(
     x_ptr, residual_ptr, y_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, clipped_ptr,  # (channels,)
@@ -135,7 +129,8 @@ def stream_kernel(
         count += item_count
         if speculates:
             write(
-                b_x, pivot, scale, shift, rows, columns, m_exists, m_all, item, tile, residual_ptr, y_ptr, bits_ptr,
+                b_x, pivot[None, :], scale[None, :], shift[None, :], rows, columns, m_exists, m_all, item, tile,
+                residual_ptr, y_ptr, bits_ptr,
                 chunks, outer_size, channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
                 ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
             )  # fmt: skip
@@ -184,14 +179,19 @@ def write(
     ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
-    """Y of one work item, and its packed bits."""
-    b_z = normalized(b_x, pivot, scale, shift)
+    """Write y of one work item where ``m_write``, and its packed bits where ``m_groups``, (1, INNER / 8 or 1).
+
+    The one way in which any pass computes y, so that its bits do not depend on the pass. A work item is
+    (OUTER, INNER) or (OUTER, INNER / 8, 8), and the coefficients have a shape that broadcasts to it.
+    """
+    b_z = tl.fma(b_x - pivot, scale, shift)
     if residual_ptr is not None:
         o_residual = offsets(rows, columns, tile, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST)
         b_z += tl.load(residual_ptr + o_residual, mask=m_write, other=0.0).to(b_z.dtype)
     if bits_ptr is not None:
         p_bits, m_bytes = bits_pointers(
-            bits_ptr, rows, tile, item, chunks, outer_size, channels, row_bytes, CHANNELS_LAST, INNER
+            bits_ptr, tl.reshape(rows, (OUTER, 1)), tile, item, chunks, outer_size, channels, row_bytes,
+            CHANNELS_LAST, INNER,
         )  # fmt: skip
         b_positive = tl.where(m_write, tl.where(b_z <= 0.0, 0, 1), 0)
         tl.store(p_bits, pack(b_positive, OUTER, INNER), mask=m_bytes & m_groups)
@@ -296,35 +296,33 @@ def repair_kernel(
 ):  # fmt: skip
     """Grid (channel tiles, splits): y of the channels that the stream kernel left out or wrote wrongly."""
     tile, split = tl.program_id(0), tl.program_id(1)
-    CT: tl.constexpr = INNER if CHANNELS_LAST else 1
     if counter_ptr is not None:
         if (tile == 0) & (split == 0):
             tl.store(counter_ptr, tl.load(counter_ptr) + 1)
-    o_padded = tile * CT + tl.arange(0, CT)
-    p_wrong = workspace_ptr + 3 * padded
+    # What is repaired is masked in eights: a mask of shape (.., 8, 1) keeps the accesses of the 8 whole
     if CHANNELS_LAST:
-        p_wrong += tile * (INNER // 8)
-        wrong = tl.load(p_wrong + tl.arange(0, INNER) // 8) != 0.0
-        m_groups = (tl.load(p_wrong + tl.arange(0, INNER // 8)) != 0.0)[None, :]
+        o_groups = tile * (INNER // 8) + tl.arange(0, INNER // 8)
+        o_padded = (o_groups * 8)[:, None] + tl.arange(0, 8)[None, :]
     else:
-        wrong = tl.load(p_wrong + o_padded) != 0.0
-        m_groups = wrong[None, :]
+        o_groups = tile + tl.arange(0, 1)
+        o_padded = o_groups[:, None]
+    wrong = tl.load(workspace_ptr + 3 * padded + o_groups) != 0.0
     if tl.max(wrong.to(tl.int32), 0) > 0:
-        pivot = tl.load(workspace_ptr + o_padded)
-        scale = tl.load(workspace_ptr + padded + o_padded)
-        shift = tl.load(workspace_ptr + 2 * padded + o_padded)
+        pivot = tl.load(workspace_ptr + o_padded)[None, :, :]
+        scale = tl.load(workspace_ptr + padded + o_padded)[None, :, :]
+        shift = tl.load(workspace_ptr + 2 * padded + o_padded)[None, :, :]
         first = split * items_per_split
         end = tl.minimum(first + items_per_split, items)
         for step in range(0, end - first):
             item = end - 1 - step
             rows, columns, m_exists = locate(
-                item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER
+                item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER, IN_EIGHTS=True
             )  # fmt: skip
-            m_repair = m_exists & wrong[None, :]
+            m_repair = m_exists & wrong[None, :, None]
             o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
             b_x = tl.load(x_ptr + o_x, mask=m_repair, other=0.0).to(ACC)
             write(
-                b_x, pivot, scale, shift, rows, columns, m_repair, m_groups, item, tile, residual_ptr, y_ptr,
-                bits_ptr, chunks, outer_size, channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
-                ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
+                b_x, pivot, scale, shift, rows, columns, m_repair, wrong[None, :], item, tile, residual_ptr, y_ptr,
+                bits_ptr, chunks, outer_size, channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v,
+                y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
             )  # fmt: skip

@@ -83,8 +83,8 @@ def forward(
             r_max, d_max, int(hold), int(r_ramp), int(d_ramp), 0.0 if momentum is None else momentum, eps,
             float(x.numel() // shape.channels),
             ACC=_ACC[acc], CUMULATIVE=momentum is None, ACTIVATION=code, CHANNELS_LAST=launch.channels_last,
-            OUTER=launch.outer, INNER=launch.inner, GROUP=launch.group, GROUP_ROWS=launch.group_rows, VECTOR=launch.vector,
-            MERGE_ROWS=config.MERGE_ROWS, STAGES=config.STAGES, num_warps=launch.num_warps,
+            OUTER=launch.outer, INNER=launch.inner, GROUP=launch.group, GROUP_ROWS=launch.group_rows,
+            VECTOR=launch.vector, MERGE_ROWS=config.MERGE_ROWS, STAGES=config.STAGES, num_warps=launch.num_warps,
         )  # fmt: skip
         kernels_forward.repair_kernel[launch.grid](
             source.tensor, extra.tensor, target.tensor, bits_or_none, num_batches_tracked, workspace,
@@ -162,12 +162,10 @@ def backward(
 
 def _readable(tensor: Tensor | None, shape: Layout) -> _Side:
     """The tensor, or a dense copy of it in the layout of the pass if its memory does not fit that."""
-    if tensor is None:
-        return _Side(None, (0, 0))
-    strides = layout.strides_in(tensor, shape)
-    if strides is not None:
-        return _Side(tensor, strides)
-    return _Side(layout.empty_in(shape, tensor).copy_(tensor), layout.dense_strides(shape))
+    side = _writable(tensor, shape)
+    if tensor is not None and side.tensor is not None and side.tensor is not tensor:
+        side.tensor.copy_(tensor)
+    return side
 
 
 def _writable(tensor: Tensor | None, shape: Layout) -> _Side:
@@ -175,9 +173,9 @@ def _writable(tensor: Tensor | None, shape: Layout) -> _Side:
     if tensor is None:
         return _Side(None, (0, 0))
     strides = layout.strides_in(tensor, shape)
-    if strides is not None:
-        return _Side(tensor, strides)
-    return _Side(layout.empty_in(shape, tensor), layout.dense_strides(shape))
+    if strides is None:
+        tensor, strides = layout.empty_in(shape, tensor), layout.dense_strides(shape)
+    return _Side(tensor, (strides[0], 0) if shape.channels_last else strides)  # channels are a tile's columns there
 
 
 def _workspace(launch: Launch, kernels: ModuleType, acc: torch.dtype, device: torch.device) -> Tensor:
