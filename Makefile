@@ -1,16 +1,17 @@
 PYTHON      ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
+COMPILE_ARGS ?=
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check clean
+.PHONY: help install demo test test-gpu check compile-check clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## set up .venv with everything the other targets need (they do it themselves)
 
@@ -20,6 +21,12 @@ demo: $(STAMP) ## run the demonstration (DEMO_ARGS="--help" lists its options)
 # One thread a worker: the workers already fill the cores.
 test: $(STAMP) ## run the tests (PYTEST_ARGS="-k name" selects some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+
+test-gpu: $(STAMP) ## run all tests on the GPU
+	$(BIN)/python -m pytest --device cuda $(PYTEST_ARGS)
+
+compile-check: $(STAMP) ## compile all Triton kernels for GPUs, without one: registers, spills, access widths
+	$(BIN)/python scripts/compile_check.py $(COMPILE_ARGS)
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .

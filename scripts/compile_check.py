@@ -41,7 +41,7 @@ TRITON_TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
 }  # fmt: skip
-FUSED = [(None, False), ("relu", False), ("relu", True), (None, True)]  # activation, residual
+FUSED = [(None, False), ("relu", True), ("relu", False), (None, True)]  # activation, residual
 OTHER_ACTIVATIONS = [("leaky_relu", False), ("silu", False), ("hardswish", False)]
 # (N, C, H, W) and whether it is channels_last: what distinguishes launches is the tile, the vector and the slab
 SHAPES = {
@@ -70,7 +70,7 @@ class Variant:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]
-    num_warps: int
+    options: tuple[tuple[str, int], ...]
 
 
 class Recorder:
@@ -83,12 +83,14 @@ class Recorder:
     def __getitem__(self, grid: Any) -> Any:
         return self.record
 
-    def record(self, *arguments: Any, num_warps: int, **constexprs: Any) -> None:
+    def record(self, *arguments: Any, **keywords: Any) -> None:
         """A launch."""
+        options = {name: keywords.pop(name) for name in ("num_warps", "maxnreg") if name in keywords}
+        constexprs = keywords
         signature, constants, divisible = {}, dict(constexprs), []
         for parameter, value in zip(self.kernel.params, arguments, strict=False):
             name = parameter.name
-            if value is None or (isinstance(value, int) and value == 1):
+            if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
                 constants[name] = value
             elif isinstance(value, torch.Tensor):
                 signature[name] = "*" + TRITON_TYPES[value.dtype]
@@ -97,13 +99,13 @@ class Recorder:
                 signature[name] = "fp64"
             else:
                 signature[name] = "i64" if abs(value) >= 2**31 else "i32"
-                divisible += [name] if value % 16 == 0 else []
+                divisible += [name] if value % 16 == 0 and not parameter.do_not_specialize else []
         for name in constants:
             signature[name] = "constexpr"
         variant = Variant(
             self.name, self.label, constexprs["VECTOR"] * self.itemsize,
             tuple((p.name, signature[p.name]) for p in self.kernel.params),
-            tuple(sorted(constants.items(), key=lambda pair: pair[0])), tuple(divisible), num_warps,
+            tuple(sorted(constants.items(), key=lambda pair: pair[0])), tuple(divisible), tuple(options.items()),
         )  # fmt: skip
         self.found.setdefault(variant)
 
@@ -121,11 +123,13 @@ def variants(quick: bool) -> list[Variant]:
     for (shape_label, (shape, channels_last)), (dtype_label, dtype) in itertools.product(
         SHAPES.items(), dtypes.items()
     ):
-        more = OTHER_ACTIVATIONS if shape_label in ("channels_last", "contiguous 56x56") else []
-        for activation, with_residual in FUSED + more:
+        fused = FUSED if dtype_label in ("bf16", "fp32") else FUSED[:2]
+        if shape_label in ("channels_last", "contiguous 56x56") and dtype_label == "bf16":
+            fused = fused + OTHER_ACTIVATIONS
+        for activation, with_residual in fused:
             for recorder in recorders:
-                fused = f"{activation or 'no activation'}{' + residual' if with_residual else ''}"
-                recorder.label = f"{shape_label}, {dtype_label}, {fused}"
+                what = f"{activation or 'no activation'}{' + residual' if with_residual else ''}"
+                recorder.label = f"{shape_label}, {dtype_label}, {what}"
                 recorder.itemsize = dtype.itemsize
             launch_once(shape, channels_last, dtype, activation, with_residual)
     for module, names in KERNELS.items():
@@ -162,9 +166,7 @@ def compile_variant(variant: Variant, architecture: int) -> list[Any]:
     )  # fmt: skip
     row = [f"sm_{architecture}", variant.kernel, variant.label]
     try:
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.num_warps}
-        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(variant.options))
     except Exception as error:  # whatever the compiler raises is the finding
         return [*row, "", "", "", "", f"does not compile: {str(error).splitlines()[0]}"]
     registers, stack, spills = resources(compiled.asm["cubin"])

@@ -21,8 +21,10 @@ from ..layout import Layout
 NUM_WARPS = 4
 ACCESS_BYTES = 16
 ACCESSES_PER_THREAD = 4
+MAX_NARROW = 16  # elements a thread, where accesses are narrower: each has an address of its own in registers
 STAGES = 3
 PROGRAMS_PER_MULTIPROCESSOR = 3  # no more than are resident at once, mostly: a second wave would leave most idle
+SLABS_REGISTERS = 168  # what three programs leave each other: left to itself, the compiler takes fewer and spills
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
 MIN_INNER = 8  # a byte of packed bits
@@ -90,7 +92,9 @@ def launch_for(layout: Layout, itemsize: int, strides: tuple[int, ...], device: 
         device: where it runs.
     """
     access = max(1, ACCESS_BYTES // itemsize)
-    elements = NUM_WARPS * 32 * ACCESSES_PER_THREAD * access
+    vector = _common_vector(access, (layout.inner, *strides))
+    per_thread = ACCESSES_PER_THREAD * access if vector == access else min(ACCESSES_PER_THREAD * access, MAX_NARROW)
+    elements = NUM_WARPS * 32 * per_thread
     if layout.channels_last:
         inner = min(max(_power_of_2(layout.inner), MIN_INNER), MAX_INNER_CHANNELS_LAST)
         channel_tiles, chunks = -(-layout.channels // inner), 1
@@ -100,7 +104,6 @@ def launch_for(layout: Layout, itemsize: int, strides: tuple[int, ...], device: 
     outer = min(elements // inner, _power_of_2(layout.outer))
     items = -(-layout.outer // outer) * chunks
     items_per_split, splits = _split(items, channel_tiles, device)
-    vector = _common_vector(access, (layout.inner, *strides))
     group_rows = layout.channels_last or vector < access
     return Launch(
         channels_last=layout.channels_last,

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .kernels_common import (
     NONE,
+    SIZES,
     activation_backward,
     arrive,
     bits_pointers,
@@ -170,7 +171,7 @@ def apply_split(
             tl.store(dresidual_ptr + o_dresidual, b_dy.to(dresidual_ptr.dtype.element_ty), mask=m_exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def reduce_kernel(
     dy_ptr, x_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
     weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr,  # (channels,), saved (4, channels)
@@ -194,7 +195,7 @@ def reduce_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def apply_kernel(
     dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, workspace_ptr,
     outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
@@ -211,7 +212,7 @@ def apply_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def slabs_kernel(
     dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr, dx_ptr, dresidual_ptr,
     workspace_ptr, tickets_ptr,  # tickets: next piece of work, programs done, arrivals and readiness of each tile

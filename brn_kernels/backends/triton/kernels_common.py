@@ -8,6 +8,15 @@ groups of a tile, each of which one thread reduces alone.
 import triton
 import triton.language as tl
 
+# Sizes and strides of every kernel. Nothing is compiled anew for their values: what a kernel must know of them (by how
+# much rows and columns divide) it is told by VECTOR, so that all layers of a kind share one compilation.
+SIZES = (
+    "outer_size", "channels", "inner_v", "chunks", "items", "items_per_split", "padded", "row_bytes",
+    "x_outer_v", "x_channel_v", "y_outer_v", "y_channel_v", "residual_outer_v", "residual_channel_v",
+    "dy_outer_v", "dy_channel_v", "dx_outer_v", "dx_channel_v", "dresidual_outer_v", "dresidual_channel_v",
+    "channel_tiles", "tiles_per_slab", "splits", "hold", "r_ramp", "d_ramp",
+)  # fmt: skip
+
 # An activation as the kernels know it.
 NONE = tl.constexpr(0)
 RELU = tl.constexpr(1)
@@ -150,8 +159,7 @@ def activate(b_z, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         b_z = b_z * sigmoid(b_z)
     if ACTIVATION == HARDSWISH:
-        gate = tl.where(b_z <= -3.0, 0.0, tl.where(b_z >= 3.0, 6.0, b_z + 3.0))
-        b_z = b_z * gate * (1.0 / 6.0)
+        b_z = b_z * tl.minimum(tl.maximum(b_z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
     return b_z
 
 

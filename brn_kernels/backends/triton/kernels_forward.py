@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .kernels_common import (
+    SIZES,
     activate,
     arrive,
     bits_pointers,
@@ -72,7 +73,7 @@ def affine_of(weight_ptr, bias_ptr, o_channels, m_channels, ACC: tl.constexpr):
     return gamma, beta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def stream_kernel(
     x_ptr, residual_ptr, y_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, clipped_ptr,  # (channels,)
@@ -286,7 +287,7 @@ def finish(
         tl.store(workspace_ptr + 3 * padded + o_padded, wrong.to(ACC))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def repair_kernel(
     x_ptr, residual_ptr, y_ptr, bits_ptr, counter_ptr, workspace_ptr,
     outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,

@@ -147,6 +147,7 @@ def backward(
             kernels_backward.slabs_kernel[(config.slab_programs(launch, slab, device),)](
                 *tensors, dweight, dbias, *targets, workspace, tickets(x.device, 2 + 2 * launch.channel_tiles),
                 *geometry, *strides, launch.channel_tiles, slab, launch.splits, values, **tile, **sums,
+                maxnreg=config.SLABS_REGISTERS,
             )  # fmt: skip
         else:
             kernels_backward.reduce_kernel[launch.grid](

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against peers, and percentages of a copy, measured in the same run."""

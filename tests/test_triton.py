@@ -1,0 +1,520 @@
+"""What is particular to the Triton kernels; the common suite runs over them too.
+
+Without a GPU the kernels are interpreted. Tiles are made tiny where a test is about several of them.
+"""
+
+import dataclasses
+import functools
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import ACTIVATIONS
+from tolerances import assert_close
+
+from brn_kernels.backends import layout, reference
+
+pytest.importorskip("triton")
+from brn_kernels.backends import triton as kernels  # noqa: E402
+from brn_kernels.backends.triton import config, kernels_backward, launch  # noqa: E402
+
+OPEN = [3.0, 5.0, 0.0, 0.0, 0.0]
+CLOSED = [1.0, 0.0, 0.0, 0.0, 0.0]
+NARROW = [1.2, 0.2, 0.0, 0.0, 0.0]  # clips some channels of random data
+LAYOUTS = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+
+
+@pytest.fixture(autouse=True)
+def runnable(device):
+    if reason := kernels.unusable(device.type):
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch):
+    """Tiles of 64 elements and 7 programs at once: every loop of the kernels turns more than once."""
+    monkeypatch.setattr(config, "NUM_WARPS", 1)
+    monkeypatch.setattr(config, "ACCESSES_PER_THREAD", 1)
+    monkeypatch.setattr(config, "MAX_INNER_CHANNELS_LAST", 8)
+    monkeypatch.setattr(config, "MIN_INNER_CONTIGUOUS", 8)
+    monkeypatch.setattr(config, "MERGE_ROWS", 2)
+    monkeypatch.setattr(config, "device_of", lambda _: config.Device(multiprocessors=7, l2_bytes=50 * 2**20))
+    config.launch_for.cache_clear()
+    yield
+    config.launch_for.cache_clear()
+
+
+def call(device, shape=(6, 11, 5, 3), dtype=torch.float64, channels_last=True, residual=False, activation=None, **more):
+    """Arguments of ``forward`` by name; ``more`` replaces some."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    channels = shape[1]
+    per_channel = [1, -1] + [1] * (len(shape) - 2)
+    x = normal(*shape) * (0.5 + torch.rand(channels, generator=generator).double()).view(per_channel)
+    x = (x + normal(channels).mul(0.3).view(per_channel)).to(device, dtype)
+    extra = normal(*shape).to(device, dtype) if residual else None
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        extra = None if extra is None else extra.movedim(1, -1).contiguous().movedim(-1, 1)
+    acc = reference.statistics_dtype(x)
+    return {
+        "x": x, "residual": extra, "mask": None,
+        "weight": (1 + 0.3 * normal(channels)).to(device, acc), "bias": normal(channels).to(device, acc),
+        "running_mean": torch.zeros(channels, dtype=acc, device=device),
+        "running_var": torch.ones(channels, dtype=acc, device=device),
+        "num_batches_tracked": torch.tensor(5, device=device),
+        "clipped": torch.zeros(channels, dtype=torch.bool, device=device),
+        "limits": None, "schedule": NARROW, "momentum": 0.1, "eps": 1e-5, "activation": activation,
+    } | more  # fmt: skip
+
+
+def run(backend, arguments, dy=None, **needs):
+    """Everything a forward and backward give and change, by name; the arguments stay as they are."""
+    mine = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    y, saved, bits = backend.forward(**mine)
+    if dy is None:
+        dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
+    residual = None if reference.keeps_bits(mine["residual"], mine["activation"]) else mine["residual"]
+    gradients = backend.backward(
+        dy, mine["x"], residual, mine["mask"], mine["weight"], mine["bias"], saved, bits, mine["activation"],
+        needs.get("needs_dx", True), needs.get("needs_dresidual", mine["residual"] is not None),
+    )  # fmt: skip
+    changed = {name: mine[name] for name in ("running_mean", "running_var", "num_batches_tracked", "clipped")}
+    named = dict(zip(("dx", "dweight", "dbias", "dresidual"), gradients, strict=True))
+    return {"y": y, "saved": saved, "bits": bits} | changed | named
+
+
+def assert_same(ours, truth):
+    for name, expected in truth.items():
+        if expected is None:
+            continue
+        assert ours[name].dtype == expected.dtype, name
+        if expected.is_floating_point():
+            scale = expected.abs().max().item() * 50 if expected.numel() else 1.0
+            assert_close(ours[name].cpu(), expected.cpu().double(), name, max(scale, 1.0))
+        else:
+            assert torch.equal(ours[name], expected), name
+
+
+# -- tiles and splits
+
+
+@LAYOUTS
+@pytest.mark.parametrize("activation, residual", [(None, False), ("relu", True), ("silu", False)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(37, 19), (9, 11, 5, 3), (3, 2, 41), (70, 1, 2), (2, 9, 3, 5, 2)], ids=lambda s: "x".join(map(str, s))
+)
+def test_several_tiles_and_splits(tiny_tiles, device, channels_last, activation, residual, shape):
+    arguments = call(device, shape, channels_last=channels_last, activation=activation, residual=residual)
+    arguments["clipped"] = (torch.arange(shape[1]) % 3 == 0).to(device)
+    assert_same(run(kernels, arguments), run(reference, arguments))
+
+
+def test_the_tiny_tiles_are_several(tiny_tiles):
+    rows = config.launch_for(layout.Layout(True, 600, 19, 19), 8, (19,), config.device_of(None))
+    assert rows.channel_tiles > 1 and rows.splits > 2 and rows.items_per_split > 2
+    planes = config.launch_for(layout.Layout(False, 90, 3, 41), 8, (123, 41), config.device_of(None))
+    assert planes.chunks > 1 and planes.splits > 1 and planes.items_per_split > planes.chunks
+
+
+@given(
+    channels_last=st.booleans(), outer=st.integers(1, 10**6), channels=st.integers(1, 3000),
+    positions=st.integers(1, 20000), itemsize=st.sampled_from([2, 4, 8]), multiprocessors=st.integers(1, 200),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_launches_cover_everything_once(channels_last, outer, channels, positions, itemsize, multiprocessors):
+    shape = layout.Layout(channels_last, outer, channels, channels if channels_last else positions)
+    device = config.Device(multiprocessors, 50 * 2**20)
+    strides = (channels,) if channels_last else (channels * positions, positions)
+    it = config.launch_for(shape, itemsize, strides, device)
+    assert it.outer & (it.outer - 1) == 0 and it.inner & (it.inner - 1) == 0 and it.inner >= 8
+    assert it.items == -(-shape.outer // it.outer) * it.chunks
+    assert (it.splits - 1) * it.items_per_split < it.items <= it.splits * it.items_per_split
+    assert all(number % it.vector == 0 for number in (shape.inner, *strides))
+    assert it.outer * it.inner % it.group == 0 and (it.outer if it.group_rows else it.inner) % it.group == 0
+    if channels_last:
+        assert it.channel_tiles * it.inner >= channels and it.chunks == 1
+    else:
+        assert it.channel_tiles == channels and it.chunks * it.inner >= positions
+    assert it.outer * it.inner * itemsize <= 16 * config.NUM_WARPS * 32 * config.ACCESSES_PER_THREAD
+    slab = config.slab_of(it, shape, itemsize, device)
+    if slab:
+        slabs = config.slab_launch(it, slab, device)
+        assert 1 <= slab < it.channel_tiles
+        assert (slabs.splits - 1) * slabs.items_per_split < slabs.items <= slabs.splits * slabs.items_per_split
+
+
+# -- prediction
+
+
+@LAYOUTS
+@pytest.mark.parametrize("activation, residual", [(None, False), ("relu", True)], ids=["plain", "residual and relu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_prediction(device, channels_last, activation, residual, dtype):
+    arguments = call(device, dtype=dtype, channels_last=channels_last, activation=activation, residual=residual)
+    clipped = run(reference, arguments)["clipped"]
+    assert clipped.any() and not clipped.all()
+    predictions = {
+        "right": clipped,
+        "wrong": ~clipped,
+        "never clipped": torch.zeros_like(clipped),
+        "always clipped": torch.ones_like(clipped),
+        "stale": (torch.arange(len(clipped)) % 2 == 0).to(device),
+        "absent": None,
+    }
+    results = {name: run(kernels, arguments | {"clipped": flags}) for name, flags in predictions.items()}
+    for name, result in results.items():
+        for key in ("y", "saved", "bits", "running_mean", "running_var", "dx", "dweight"):
+            assert torch.equal(result[key], results["right"][key]), (name, key)
+        assert name == "absent" or torch.equal(result["clipped"], clipped), name
+
+
+@LAYOUTS
+def test_y_does_not_share_the_memory_of_x(device, channels_last):
+    """A repair reads x again."""
+    arguments = call(device, channels_last=channels_last)
+    y, _, _ = kernels.forward(**arguments)
+    assert y.untyped_storage().data_ptr() != arguments["x"].untyped_storage().data_ptr()
+
+
+# -- tickets
+
+
+@LAYOUTS
+@pytest.mark.parametrize("slabs", [False, True], ids=["two launches", "slabs"])
+def test_counters_are_left_at_zero(tiny_tiles, monkeypatch, device, channels_last, slabs):
+    """They are shared by all launches of a stream: a counter left standing would break the next."""
+    counters = torch.zeros(4096, dtype=torch.int32, device=device)
+    monkeypatch.setattr(launch, "tickets", lambda *_: counters)
+    if slabs:
+        monkeypatch.setattr(config, "slab_of", lambda *_: 2)
+    arguments = call(device, channels_last=channels_last, residual=True, activation="relu")
+    first = run(kernels, arguments)
+    assert not counters.any()
+    second = run(kernels, arguments)
+    assert not counters.any()
+    assert all(torch.equal(first[name], second[name]) for name in ("y", "dx", "dweight"))
+
+
+# -- slabs
+
+
+@LAYOUTS
+@pytest.mark.parametrize("slab", [1, 2, 3])
+@pytest.mark.parametrize("activation, residual", [(None, False), ("relu", True), ("hardswish", False)], ids=str)
+def test_slabs_equal_two_launches(tiny_tiles, monkeypatch, device, channels_last, slab, activation, residual):
+    arguments = call(
+        device, (9, 21, 5, 3), channels_last=channels_last, activation=activation, residual=residual
+    )  # fmt: skip
+    expected = run(reference, arguments)
+    monkeypatch.setattr(config, "slab_of", lambda *_: slab)
+    launches = []
+    monkeypatch.setattr(kernels_backward, "slabs_kernel", spy(kernels_backward.slabs_kernel, launches))
+    assert_same(run(kernels, arguments), expected)
+    assert len(launches) == 1
+
+
+def spy(kernel, launches):
+    class Spy:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    return Spy()
+
+
+def test_slabs_are_used_where_one_fits_l2_and_all_do_not():
+    h200 = config.Device(132, 50 * 2**20)
+    chosen = {}
+    for channels, size in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)):
+        shape = layout.Layout(True, 256 * size * size, channels, channels)
+        chosen[size] = config.slab_of(config.launch_for(shape, 2, (channels,), h200), shape, 2, h200)
+    assert chosen[14] > 0 and chosen[7] > 0, "one slab fits"
+    assert chosen[112] == 0, "one channel tile is larger than L2"
+    small = layout.Layout(True, 1000, 256, 256)
+    assert config.slab_of(config.launch_for(small, 2, (256,), h200), small, 2, h200) == 0, "everything fits"
+
+
+@pytest.mark.parametrize("slabs, pieces", [(2, 1), (2, 6), (5, 3)])
+def test_ticket_order_waits_only_for_what_was_claimed_before(slabs, pieces):
+    """The order that ``slabs_kernel`` decodes: an apply comes after every reduce of its slab."""
+    order = []
+    for ticket in range(2 * slabs * pieces):
+        phase = ticket // pieces
+        last = phase == 2 * slabs - 1
+        is_apply = last or (phase > 0 and phase % 2 == 0)
+        slab = slabs - 1 if last else (phase // 2 - 1 if is_apply else (phase + 1) // 2)
+        order.append((is_apply, slab, ticket % pieces))
+    assert len(set(order)) == 2 * slabs * pieces
+    for position, (is_apply, slab, _) in enumerate(order):
+        if is_apply:
+            assert sum(not a and s == slab for a, s, _ in order[:position]) == pieces
+
+
+# -- what is needed
+
+
+@LAYOUTS
+@pytest.mark.parametrize("needs_dx, needs_dresidual", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("slabs", [False, True], ids=["two launches", "slabs"])
+def test_only_the_gradients_that_are_needed(
+    tiny_tiles, monkeypatch, device, channels_last, needs_dx, needs_dresidual, slabs
+):
+    if slabs:
+        monkeypatch.setattr(config, "slab_of", lambda *_: 1)
+    arguments = call(device, channels_last=channels_last, residual=True, activation="relu")
+    wanted = {"needs_dx": needs_dx, "needs_dresidual": needs_dresidual}
+    ours, truth = run(kernels, arguments, **wanted), run(reference, arguments, **wanted)
+    assert_same(ours, truth)
+    assert (ours["dx"].numel() > 0, ours["dresidual"].numel() > 0) == (needs_dx, needs_dresidual)
+
+
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a not in (None, "relu")])
+def test_what_is_not_fused_is_composed(device, activation):
+    arguments = call(device, residual=True, activation=activation)
+    assert not launch.is_fused(arguments["x"], arguments["residual"], None, activation)
+    assert_same(run(kernels, arguments), run(reference, arguments))
+
+
+@LAYOUTS
+def test_one_backend_runs_the_backward_of_the_others_forward(device, channels_last):
+    arguments = call(device, channels_last=channels_last, residual=True, activation="relu")
+    truth = run(reference, arguments)
+
+    class Mixed:
+        forward = staticmethod(kernels.forward)
+        backward = staticmethod(reference.backward)
+
+    class MixedOtherWay:
+        forward = staticmethod(reference.forward)
+        backward = staticmethod(kernels.backward)
+
+    assert_same(run(Mixed, arguments), truth)
+    assert_same(run(MixedOtherWay, arguments), truth)
+
+
+# -- memory
+
+
+@LAYOUTS
+def test_64_bit_offsets(device, channels_last):
+    """Rows more than 2^31 elements apart, in memory that is reserved but hardly touched."""
+    far = 2**31 + 32
+
+    def spaced(shape, strides, values):
+        size = 2 * sum((n - 1) * s + 1 for n, s in zip(shape, strides, strict=True))
+        if device.type == "cpu":  # anonymous memory takes room only where it is touched
+            memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.bfloat16)
+        else:
+            memory = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
+        view = memory.as_strided(shape, strides)
+        return view.copy_(values)
+
+    if channels_last:
+        shape, strides = (2, 4), (far, 1)
+    else:
+        shape, strides = (2, 2, 4), (4, far, 1)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+    upstream = torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+    arguments = call(device, shape, dtype=torch.bfloat16)
+    truth = run(kernels, arguments | {"x": values}, dy=upstream)
+    x, dy = spaced(shape, strides, values), spaced(shape, strides, upstream)
+    mine = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    y, saved, bits = kernels.forward(**mine | {"x": x})
+    dx, dweight, *_ = kernels.backward(dy, x, None, None, mine["weight"], mine["bias"], saved, bits, None, True, False)
+    for name, found in {"y": y, "saved": saved, "dx": dx, "dweight": dweight}.items():
+        assert torch.equal(found, truth[name]), name
+
+
+@LAYOUTS
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_unaligned_rows(device, channels_last, start):
+    """Odd row lengths and starts: no access may assume 16 bytes."""
+    arguments = call(device, (5, 7, 3, 3), dtype=torch.float32, channels_last=channels_last)
+    x = arguments["x"]
+    storage = torch.zeros(x.numel() + start, device=device)
+    shifted = storage[start:].as_strided(x.shape, x.stride())
+    shifted.copy_(x)
+    assert_same(run(kernels, arguments | {"x": shifted}), run(reference, arguments))
+
+
+# -- traffic
+
+
+@dataclasses.dataclass
+class Traffic:
+    loads: dict[str, int]
+    stores: dict[str, int]
+
+
+@pytest.fixture
+def traffic(monkeypatch, device):
+    """Counts the elements that interpreted kernels load from and store to each tensor."""
+    if device.type != "cpu":
+        pytest.skip("counted in the interpreter; on a GPU, ncu counts")
+    from triton.runtime import interpreter
+
+    accesses = {"loads": [], "stores": []}
+
+    def counting(method, kind):
+        @functools.wraps(method)
+        def counted(self, pointers, *rest):
+            mask = rest[0] if kind == "loads" else rest[1]
+            accesses[kind].append(pointers.data[mask.data])
+            return method(self, pointers, *rest)
+
+        return counted
+
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(builder, "create_masked_load", counting(builder.create_masked_load, "loads"))
+    monkeypatch.setattr(builder, "create_masked_store", counting(builder.create_masked_store, "stores"))
+
+    def count(tensors):
+        totals = {}
+        for kind, addresses in accesses.items():
+            totals[kind] = {}
+            for name, tensor in tensors.items():
+                start = tensor.data_ptr()
+                inside = sum(int(((a >= start) & (a < start + tensor.nbytes)).sum()) for a in addresses)
+                totals[kind][name] = inside / tensor.numel()
+            addresses.clear()
+        return Traffic(**totals)
+
+    return count
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    "schedule, reads_of_x", [([1e9, 1e9, 0.0, 0.0, 0.0], 1), (CLOSED, 2)], ids=["unclipped", "closed"]
+)
+def test_forward_traffic(tiny_tiles, traffic, device, channels_last, schedule, reads_of_x):
+    """Unclipped: one read and one write. While the limits are closed: two reads and one write."""
+    arguments = call(device, (6, 16, 5, 3), channels_last=channels_last, schedule=schedule)
+    y, _, _ = kernels.forward(**arguments)
+    seen = traffic({"x": arguments["x"], "y": y})
+    assert seen.loads == {"x": reads_of_x, "y": 0}
+    assert seen.stores == {"x": 0, "y": 1}
+
+
+@LAYOUTS
+def test_forward_traffic_with_a_residual(tiny_tiles, traffic, device, channels_last):
+    schedule = [1e9, 1e9, 0.0, 0.0, 0.0]
+    shape = (6, 16, 4, 4)  # no padding of the bits
+    arguments = call(device, shape, channels_last=channels_last, schedule=schedule, residual=True, activation="relu")
+    y, _, bits = kernels.forward(**arguments)
+    seen = traffic({"x": arguments["x"], "residual": arguments["residual"], "y": y, "bits": bits})
+    assert seen.loads == {"x": 1, "residual": 1, "y": 0, "bits": 0}
+    assert seen.stores == {"x": 0, "residual": 0, "y": 1, "bits": 1}
+    assert bits.numel() * 8 == y.numel()
+
+
+@LAYOUTS
+def test_only_clipped_channels_are_read_again(tiny_tiles, traffic, device, channels_last):
+    """In channels_last by eights, so that accesses stay 16 bytes wide."""
+    arguments = call(device, (6, 32, 5, 3), channels_last=channels_last, schedule=[30.0, 30.0, 0.0, 0.0, 0.0])
+    arguments["running_var"][11] = 1e-6  # r is far over its limit there
+    arguments["clipped"][11] = True
+    y, _, _ = kernels.forward(**arguments)
+    assert arguments["clipped"].nonzero().tolist() == [[11]]
+    seen = traffic({"x": arguments["x"], "y": y})
+    again = 8 / 32 if channels_last else 1 / 32
+    assert seen.loads["x"] == 1 + again
+    assert seen.stores["y"] == (1 + again if channels_last else 1)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("slabs", [False, True], ids=["two launches", "slabs"])
+def test_backward_traffic(tiny_tiles, monkeypatch, traffic, device, channels_last, slabs):
+    """Four reads and one write; the second reads from L2 where slabs fit it."""
+    if slabs:
+        monkeypatch.setattr(config, "slab_of", lambda *_: 1)
+    shape = (6, 16, 4, 4)
+    arguments = call(device, shape, channels_last=channels_last, residual=True, activation="relu")
+    y, saved, bits = kernels.forward(**arguments)
+    x, dy = arguments["x"], torch.randn_like(y)
+    traffic({})
+    dx, _, _, dresidual = kernels.backward(
+        dy, x, None, None, arguments["weight"], arguments["bias"], saved, bits, "relu", True, True
+    )
+    seen = traffic({"x": x, "dy": dy, "bits": bits, "dx": dx, "dresidual": dresidual})
+    assert seen.loads == {"x": 2, "dy": 2, "bits": 2, "dx": 0, "dresidual": 0}
+    assert seen.stores == {"x": 0, "dy": 0, "bits": 0, "dx": 1, "dresidual": 1}
+
+
+def test_two_launches_a_forward_and_no_memory_beyond_the_results(tiny_tiles, monkeypatch, device):
+    launches, sizes = [], []
+    for name in ("stream_kernel", "repair_kernel"):
+        monkeypatch.setattr(launch.kernels_forward, name, spy(getattr(launch.kernels_forward, name), launches))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: sizes.append(empty(*a, **k)) or sizes[-1])
+    arguments = call(device, (16, 16, 8, 8))
+    kernels.forward(**arguments)
+    assert len(launches) == 2
+    assert sum(t.numel() for t in sizes) < arguments["x"].numel() / 4
+
+
+# -- numbers
+
+
+@LAYOUTS
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e6])
+def test_a_mean_far_from_zero_costs_no_digits(device, channels_last, mean):
+    """Sums about the first item's mean: E[x^2] - E[x]^2 would give noise here, or a negative variance."""
+    x = torch.randn(700, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    arguments = call(device, (700, 9, 5), dtype=torch.float32, channels_last=channels_last, momentum=1.0)
+    arguments["x"] = layout_like(arguments["x"], (x + mean).float().to(device))
+    kernels.forward(**arguments)
+    truth = arguments["x"].double().var((0, 2))
+    error = (arguments["running_var"].double() - truth).abs().max().item()
+    assert error < 1e-5 + (mean * torch.finfo(torch.float32).eps) ** 2  # the mean itself is rounded
+
+
+@LAYOUTS
+def test_a_first_item_unlike_the_others_costs_few_digits(tiny_tiles, device, channels_last):
+    """The worst case for the sums about the first item's mean."""
+    x = torch.randn(600, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    x[:8] += 1000
+    arguments = call(device, (600, 2, 3), dtype=torch.float32, channels_last=channels_last, momentum=1.0)
+    arguments["x"] = layout_like(arguments["x"], x.float().to(device))
+    kernels.forward(**arguments)
+    truth = arguments["x"].double().var((0, 2))
+    assert torch.allclose(arguments["running_var"].double(), truth, rtol=1e-4)
+
+
+def layout_like(like, values):
+    return torch.empty_like(like).copy_(values)
+
+
+# -- where it does not run
+
+
+def in_a_new_process(code, **environment):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_without_a_gpu_it_says_why():
+    run_ = in_a_new_process("import brn_kernels as brn; brn.use_backend('triton')")
+    assert "RuntimeError: backend 'triton' cannot run here: its kernels run on NVIDIA GPUs, not on cpu" in run_.stderr
+
+
+def test_without_triton_it_says_why():
+    run_ = in_a_new_process(
+        "import sys; sys.modules['triton'] = None; import brn_kernels as b; b.use_backend('triton')"
+    )
+    assert "RuntimeError: backend 'triton' cannot run here" in run_.stderr and "triton" in run_.stderr
+
+
+def test_interpreted_kernels_are_used_only_when_asked_for():
+    code = "import torch, brn_kernels as brn; print(brn.backends.resolve('auto', 'cpu').__name__)"
+    assert in_a_new_process(code).stdout.strip().endswith(".reference")
