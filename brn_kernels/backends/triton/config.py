@@ -16,15 +16,18 @@ import torch
 from ..layout import Layout
 
 # Four warps, each thread four 16-byte accesses a tile: 8 KB. By Little's law a Hopper GPU needs some 32 KB in flight on
-# each multiprocessor. The stream kernel (up to 205 registers) fits two to three programs, so it keeps STAGES - 1 tiles
-# in flight in shared memory; the others (at most 160 registers) fit three, and the backward loads two tiles at a time.
+# each multiprocessor. Three programs are resident: the stream kernel keeps STAGES - 1 tiles of each in flight in shared
+# memory, the backward loads two tiles at a time.
 NUM_WARPS = 4
 ACCESS_BYTES = 16
 ACCESSES_PER_THREAD = 4
 MAX_NARROW = 16  # elements a thread, where accesses are narrower: each has an address of its own in registers
 STAGES = 3
-PROGRAMS_PER_MULTIPROCESSOR = 3  # no more than are resident at once, mostly: a second wave would leave most idle
-SLABS_REGISTERS = 168  # what three programs leave each other: left to itself, the compiler takes fewer and spills
+PROGRAMS_PER_MULTIPROCESSOR = 3  # as many as are resident at once: a second wave would leave most idle
+# Three programs leave each other 168 registers a thread. Without a bound the compiler aims at more programs and spills.
+# Narrow accesses need more: two programs then.
+REGISTERS = 168
+REGISTERS_NARROW = 224
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
 MIN_INNER = 8  # a byte of packed bits
@@ -59,7 +62,8 @@ class Launch:
     items: int  # of a channel tile
     items_per_split: int
     splits: int
-    num_warps: int = NUM_WARPS
+    max_registers: int
+    num_warps: int
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -117,6 +121,8 @@ def launch_for(layout: Layout, itemsize: int, strides: tuple[int, ...], device: 
         items=items,
         items_per_split=items_per_split,
         splits=splits,
+        max_registers=REGISTERS if vector == access else REGISTERS_NARROW,
+        num_warps=NUM_WARPS,
     )
 
 

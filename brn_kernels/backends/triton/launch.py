@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,23 +74,19 @@ def forward(
     bits_or_none = bits if kept else None
     geometry = _geometry(launch, shape)
     strides = _in_vectors(launch.vector, source.strides + extra.strides + target.strides)
-    code = ACTIVATION_CODES[activation]
+    tile = _tile(launch, acc, activation)
     with _on_device(x):
         kernels_forward.stream_kernel[launch.grid](
             source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, running_mean, running_var,
             _as_bytes(clipped), num_batches_tracked, limits, saved, workspace,
             tickets(x.device, launch.channel_tiles), *geometry, *strides,
             r_max, d_max, int(hold), int(r_ramp), int(d_ramp), 0.0 if momentum is None else momentum, eps,
-            float(x.numel() // shape.channels),
-            ACC=_ACC[acc], CUMULATIVE=momentum is None, ACTIVATION=code, CHANNELS_LAST=launch.channels_last,
-            OUTER=launch.outer, INNER=launch.inner, GROUP=launch.group, GROUP_ROWS=launch.group_rows,
-            VECTOR=launch.vector, MERGE_ROWS=config.MERGE_ROWS, STAGES=config.STAGES, num_warps=launch.num_warps,
+            float(x.numel() // shape.channels), CUMULATIVE=momentum is None, STAGES=config.STAGES, **tile,
+            **_sums(launch),
         )  # fmt: skip
         kernels_forward.repair_kernel[launch.grid](
             source.tensor, extra.tensor, target.tensor, bits_or_none, num_batches_tracked, workspace,
-            *geometry, *strides,
-            ACC=_ACC[acc], ACTIVATION=code, CHANNELS_LAST=launch.channels_last,
-            OUTER=launch.outer, INNER=launch.inner, VECTOR=launch.vector, num_warps=launch.num_warps,
+            *geometry, *strides, **tile,
         )  # fmt: skip
     target.copy_to(y)
     return y, saved, bits
@@ -137,17 +133,12 @@ def backward(
     geometry = _geometry(launch, shape)
     strides = _in_vectors(launch.vector, all_strides)
     values = float(x.numel() // shape.channels)
-    tile = {
-        "ACC": _ACC[acc], "ACTIVATION": ACTIVATION_CODES[activation], "CHANNELS_LAST": launch.channels_last,
-        "OUTER": launch.outer, "INNER": launch.inner, "VECTOR": launch.vector, "num_warps": launch.num_warps,
-    }  # fmt: skip
-    sums = {"GROUP": launch.group, "GROUP_ROWS": launch.group_rows, "MERGE_ROWS": config.MERGE_ROWS}
+    tile, sums = _tile(launch, acc, activation), _sums(launch)
     with _on_device(x):
         if slab:
             kernels_backward.slabs_kernel[(config.slab_programs(launch, slab, device),)](
                 *tensors, dweight, dbias, *targets, workspace, tickets(x.device, 2 + 2 * launch.channel_tiles),
                 *geometry, *strides, launch.channel_tiles, slab, launch.splits, values, **tile, **sums,
-                maxnreg=config.SLABS_REGISTERS,
             )  # fmt: skip
         else:
             kernels_backward.reduce_kernel[launch.grid](
@@ -190,6 +181,20 @@ def _geometry(launch: Launch, shape: Layout) -> tuple[int, ...]:
         shape.outer, shape.channels, shape.inner // launch.vector, launch.chunks, launch.items, launch.items_per_split,
         launch.padded_channels, (shape.inner + 7) // 8,
     )  # fmt: skip
+
+
+def _tile(launch: Launch, acc: torch.dtype, activation: str | None) -> dict[str, Any]:
+    """The constants of every kernel."""
+    return {
+        "ACC": _ACC[acc], "ACTIVATION": ACTIVATION_CODES[activation], "CHANNELS_LAST": launch.channels_last,
+        "OUTER": launch.outer, "INNER": launch.inner, "VECTOR": launch.vector,
+        "num_warps": launch.num_warps, "maxnreg": launch.max_registers,
+    }  # fmt: skip
+
+
+def _sums(launch: Launch) -> dict[str, Any]:
+    """The constants of kernels that sum."""
+    return {"GROUP": launch.group, "GROUP_ROWS": launch.group_rows, "MERGE_ROWS": config.MERGE_ROWS}
 
 
 def _in_vectors(vector: int, strides: tuple[int, ...]) -> list[int]:
