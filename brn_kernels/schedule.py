@@ -128,6 +128,6 @@ def _ramp(step: Tensor, closed: float, final: float, hold: float, ramp: float, d
     since = step - int(hold)  # in integers: exact however long the training
     value = torch.full(step.shape, final, dtype=dtype, device=step.device)
     if ramp > 0:
-        fraction = since.clamp(0, int(ramp)).to(dtype) / ramp
+        fraction = since.to(dtype) / ramp
         value = torch.where(since < int(ramp), closed + (final - closed) * fraction, value)
     return torch.where(since < 0, closed, value)

@@ -211,3 +211,14 @@ def test_constant_channel(backend, device, schedule, value):
         y.backward(torch.randn_like(y))
         assert y.isfinite().all() and x.grad.isfinite().all() and layer.weight.grad.isfinite().all()
     assert layer.running_var.max() < 1e-6 and layer.running_mean[0].item() == pytest.approx(value, abs=1e-5)
+
+
+def test_a_variance_that_overflows_spares_the_mean_too(backend, device):
+    """Half an update would leave a mean and a variance that belong to different steps."""
+    layer = brn.BatchRenorm1d(2, momentum=0.5, device=device)
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    x[:, 1] *= 1e30  # finite, and so is its mean; its variance is no float32
+    layer(x.to(device))
+    assert layer.running_mean[0] != 0 and layer.running_var[0] != 1
+    assert layer.running_mean[1] == 0 and layer.running_var[1] == 1
+    assert layer.clipped.tolist()[1] is True

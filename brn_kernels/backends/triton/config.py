@@ -25,9 +25,9 @@ MAX_NARROW = 16  # elements a thread, where accesses are narrower: each has an a
 STAGES = 3
 PROGRAMS_PER_MULTIPROCESSOR = 3  # as many as are resident at once: a second wave would leave most idle
 # Three programs leave each other 168 registers a thread. Without a bound the compiler aims at more programs and spills.
-# Narrow accesses need more: two programs then.
+# Narrow accesses, and the derivatives of smooth activations, need more: two programs then.
 REGISTERS = 168
-REGISTERS_NARROW = 224
+REGISTERS_MANY = 255
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
 MIN_INNER = 8  # a byte of packed bits
@@ -121,7 +121,7 @@ def launch_for(layout: Layout, itemsize: int, strides: tuple[int, ...], device: 
         items=items,
         items_per_split=items_per_split,
         splits=splits,
-        max_registers=REGISTERS if vector == access else REGISTERS_NARROW,
+        max_registers=REGISTERS if vector == access else REGISTERS_MANY,
         num_warps=NUM_WARPS,
     )
 

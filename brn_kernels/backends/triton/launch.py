@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -58,7 +60,7 @@ def forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
             momentum, eps, activation,
         )  # fmt: skip
-    shape = layout.layout_of(x)
+    shape = _layout(x.shape, x.stride())
     source, extra = _readable(x, shape), _readable(residual, shape)
     y = torch.empty_like(x)
     target = _writable(y, shape)
@@ -111,7 +113,7 @@ def backward(
         return reference.backward(
             dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual
         )
-    shape = layout.layout_of(x)
+    shape = _layout(x.shape, x.stride())
     upstream, source = _readable(dy, shape), _readable(x, shape)
     dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
     dresidual = torch.empty_like(x) if needs_dresidual else x.new_empty(0)
@@ -123,6 +125,8 @@ def backward(
     slab = config.slab_of(launch, shape, x.element_size(), device) if needs_dx or needs_dresidual else 0
     if slab:
         launch = config.slab_launch(launch, slab, device)
+    if activation in ("silu", "hardswish"):
+        launch = dataclasses.replace(launch, max_registers=config.REGISTERS_MANY)
 
     acc = saved.dtype
     dweight = torch.empty(shape.channels, dtype=acc, device=x.device)
@@ -164,10 +168,28 @@ def _writable(tensor: Tensor | None, shape: Layout) -> _Side:
     """The tensor, or a dense one to be copied from if its memory does not fit the layout of the pass."""
     if tensor is None:
         return _Side(None, (0, 0))
-    strides = layout.strides_in(tensor, shape)
-    if strides is None:
-        tensor, strides = layout.empty_in(shape, tensor), layout.dense_strides(shape)
-    return _Side(tensor, (strides[0], 0) if shape.channels_last else strides)  # channels are a tile's columns there
+    strides = _strides(tensor.shape, tensor.stride(), shape)
+    return _Side(layout.empty_in(shape, tensor), _dense_strides(shape)) if strides is None else _Side(tensor, strides)
+
+
+# What follows from shapes and strides alone is found once: training repeats them, and small layers are host-bound.
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout:
+    return layout.layout_of(torch.empty_strided(shape, strides, device="meta"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides(shape: torch.Size, strides: tuple[int, ...], seen_as: Layout) -> tuple[int, int] | None:
+    """(outer, channel) strides, the latter 0 in channels_last, where channels are a tile's columns."""
+    found = layout.strides_in(torch.empty_strided(shape, strides, device="meta"), seen_as)
+    return (found[0], 0) if found is not None and seen_as.channels_last else found
+
+
+def _dense_strides(shape: Layout) -> tuple[int, int]:
+    outer, channel = layout.dense_strides(shape)
+    return outer, 0 if shape.channels_last else channel
 
 
 def _workspace(launch: Launch, kernels: ModuleType, acc: torch.dtype, device: torch.device) -> Tensor:
