@@ -30,6 +30,7 @@ class BatchRenormFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if ctx.activation is None or reference.keeps_bits(residual, ctx.activation):
             residual = None  # the backward does without it
+        ctx.channels_last = layout.layout_of(x).channels_last if bits.numel() > 0 else None
         ctx.save_for_backward(x, residual, mask, weight, bias, saved, bits)
 
     @staticmethod
@@ -38,6 +39,8 @@ class BatchRenormFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 5 + untouched
         x, residual, mask, weight, bias, saved, bits = ctx.saved_tensors
+        if ctx.channels_last is not None:  # the bits are in the order that x had
+            x = layout.kept_in(x, ctx.channels_last)
         needs_dx, needs_dresidual, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, dy, x, residual, mask, weight, bias, saved, bits) + untouched

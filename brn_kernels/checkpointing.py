@@ -12,8 +12,9 @@ How a call is recognized, without synchronizing and without knowing the checkpoi
 - The second run happens while the autograd engine executes a node of the graph. Nodes are numbered as they are made:
   a call under hooks lies in the region of the executing node and was made no later than it; calls under no_grad
   were made after the region's node and before any later region's. Within a region they come in the same order again.
-- Copies live as long as the graph: they hang on its unpack hook. Those made under no_grad have no graph to hang on;
-  the newest ``_NO_GRAD_CALLS_KEPT`` of each layer are kept.
+- Copies live as long as the graph: they hang on its unpack hook (the newest ``_HOOKED_CALLS_KEPT`` of each layer, as a
+  hook may outlive its graph). Those made under no_grad have no graph to hang on; the newest ``_NO_GRAD_CALLS_KEPT`` of
+  each layer are kept. A second run whose copy is gone raises.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _NO_GRAD_CALLS_KEPT = 64
+_HOOKED_CALLS_KEPT = 1024
 
 Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -37,20 +39,34 @@ class _Call(NamedTuple):
     statistics: Statistics  # copies from before its update
 
 
+class _Calls(deque[_Call]):
+    """The newest calls; ``dropped`` is the sequence number of the last one that had to make room."""
+
+    dropped = -1
+
+    def append(self, call: _Call) -> None:
+        if len(self) == self.maxlen:
+            self.dropped = self[0].sequence
+        super().append(call)
+
+
 class _Log:
     """The calls of one layer that may be run again."""
 
     def __init__(self) -> None:
-        self.under_hooks: weakref.WeakKeyDictionary[Callable[..., Any], list[_Call]] = weakref.WeakKeyDictionary()
-        self.under_no_grad: deque[_Call] = deque(maxlen=_NO_GRAD_CALLS_KEPT)
+        self.under_hooks: weakref.WeakKeyDictionary[Callable[..., Any], _Calls] = weakref.WeakKeyDictionary()
+        self.under_no_grad = _Calls(maxlen=_NO_GRAD_CALLS_KEPT)
         self._run = (0, 0)  # the backward and the region now run again ...
         self._runs_in_region = 0  # ... and how many of its calls have been
 
     def add(self, call: _Call, unpack_hook: Callable[..., Any] | None) -> None:
-        if unpack_hook is None:
-            self.under_no_grad.append(call)
-        else:
-            self.under_hooks.setdefault(unpack_hook, []).append(call)
+        try:
+            calls = None if unpack_hook is None else self.under_hooks.setdefault(
+                unpack_hook, _Calls(maxlen=_HOOKED_CALLS_KEPT)
+            )  # fmt: skip
+        except TypeError:  # a hook that cannot be referred to weakly
+            calls = None
+        (self.under_no_grad if calls is None else calls).append(call)
 
     def first_run(self, graph_task: int, under_hooks: bool) -> Statistics | None:
         """The statistics of the call that is being run again; None if no such call is known."""
@@ -59,17 +75,23 @@ class _Log:
             return None
         now = node._sequence_nr()
         hooked = [calls for calls in self.under_hooks.values() if calls]
-        candidates = [_made_by(now, hooked), _made_after(now, self.under_no_grad)]
-        calls = next(filter(None, candidates if under_hooks else reversed(candidates)), None)
+        region, later = _made_by(now, hooked), _made_after(now, self.under_no_grad)
+        calls = next(filter(None, [region, later] if under_hooks else [later, region]), None)
         if not calls:
             return None
+        if calls is later and self.under_no_grad.dropped > now or calls is region and region.dropped >= 0:
+            raise RuntimeError(
+                "activation checkpointing runs a Batch Renormalization layer again whose statistics from before the "
+                f"first run are no longer kept: at most {_NO_GRAD_CALLS_KEPT} calls of a layer may wait for their "
+                f"backward with use_reentrant=True, {_HOOKED_CALLS_KEPT} in one region with use_reentrant=False"
+            )
         run = (graph_task, calls[0].sequence)
         self._runs_in_region = self._runs_in_region + 1 if run == self._run else 0
         self._run = run
         return calls[self._runs_in_region % len(calls)].statistics
 
 
-def _made_by(now: int, regions: Iterable[list[_Call]]) -> list[_Call] | None:
+def _made_by(now: int, regions: Iterable[_Calls]) -> _Calls | None:
     """The calls of the latest region begun by ``now``, else of the first one."""
     regions = sorted(regions, key=lambda calls: calls[0].sequence)
     begun = [calls for calls in regions if calls[0].sequence <= now]

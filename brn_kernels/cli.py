@@ -123,6 +123,9 @@ def _demo(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             print(f"brn demo: --{name} must be at least 1, got {getattr(arguments, name)}", file=sys.stderr)
             return 2
+    if os.path.exists(arguments.out) and not os.path.isdir(arguments.out):
+        print(f"brn demo: --out must be a folder, and {arguments.out} is a file", file=sys.stderr)
+        return 2
     seeds, steps = (1, 40) if arguments.quick else (arguments.seeds, arguments.steps)
     run_demo(seeds, steps, arguments.out)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -36,7 +37,8 @@ def convert_batchnorm(model: _Model, *, schedule: ClipSchedule | None = None, mo
         ``model``, or the new layer if ``model`` is one.
 
     Raises:
-        ValueError: a lazy layer has not been materialized, or a layer's eps is not positive; nothing is converted then.
+        ValueError: a lazy layer has not been materialized, a layer's eps is not positive, or a layer was compiled by
+            itself; nothing is converted then.
 
     Warns:
         UserWarning: a subclass of BatchNorm that is not known here was left as it is; or a ``SyncBatchNorm`` was
@@ -50,17 +52,17 @@ def convert_batchnorm(model: _Model, *, schedule: ClipSchedule | None = None, mo
         if isinstance(layer, LazyModuleMixin):
             raise ValueError(f"{type(layer).__name__} has no shape yet: run a batch through the model, then convert it")
         new_type = _renorm_type(layer)
-        if new_type is None:
+        if new_type is None or "forward" in vars(layer):
             warnings.warn(f"{type(layer).__name__} left as it is: not a BatchNorm known to behave alike", stacklevel=3)
             return None
         if isinstance(layer, nn.SyncBatchNorm):
             warnings.warn("SyncBatchNorm converted: statistics are now each process's own", stacklevel=3)
         new = new_type(layer.num_features, layer.eps, momentum, schedule=schedule, device="meta")
         _move(layer, new, leave=("momentum",))
-        if (running_mean := new.running_mean) is not None:
-            new.clipped = torch.zeros(new.num_features, dtype=torch.bool, device=running_mean.device)
-        else:
-            new.clipped = None
+        running_mean, clipped = new.running_mean, None
+        if running_mean is not None:
+            clipped = torch.zeros(new.num_features, dtype=torch.bool, device=running_mean.device)
+        new.register_buffer("clipped", clipped, persistent=False)
         new._widen_statistics()
         return new
 
@@ -92,7 +94,7 @@ def revert_to_batchnorm(model: _Model) -> _Model:
         if not isinstance(layer, BatchRenorm):
             return None
         new_type = _batchnorm_type(layer)
-        if new_type is None:
+        if new_type is None or "forward" in vars(layer):
             warnings.warn(f"{type(layer).__name__} left as it is: not a layer of brn_kernels", stacklevel=3)
             return None
         new = new_type(layer.num_features, device="meta")
@@ -193,6 +195,10 @@ def _batchnorm_type(layer: BatchRenorm) -> type[_BatchNorm] | None:
 def _replace(model: _Model, replacement: Callable[[nn.Module], nn.Module | None]) -> _Model:
     """Put ``replacement(layer)`` for each layer where that is not None: all are made before any is put in place."""
     new = {layer: made for layer in model.modules() if (made := replacement(layer)) is not None}
+    for wrapper in model.modules():
+        compiled = wrapper._modules.get("_orig_mod")  # what torch.compile wraps
+        if compiled is not None and compiled in new:
+            raise ValueError(f"a {type(compiled).__name__} was compiled by itself: replace it before that")
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new:
@@ -204,9 +210,17 @@ def _move(old: nn.Module, new: nn.Module, leave: tuple[str, ...]) -> None:
     """Give ``new`` all that ``old`` carries (hooks, flags, parameters, buffers), by identity, except ``leave``."""
     for name, value in vars(old).items():
         if name in ("_parameters", "_buffers", "_modules"):
-            getattr(new, name).update({key: item for key, item in value.items() if key not in leave})
-        elif name not in leave and name != "_non_persistent_buffers_set":
+            new.__dict__[name] = {key: item for key, item in value.items() if key not in leave}
+        elif name == "_non_persistent_buffers_set":
+            new.__dict__[name] = value - set(leave)
+        elif name not in leave:
             new.__dict__[name] = value
+    for hook in new._load_state_dict_pre_hooks.values():  # these know their module
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)  # type: ignore[attr-defined]
+    if getattr(old, "_compiled_call_impl", None) is not None:  # it would go on calling the old layer
+        new._compiled_call_impl = None
+        warnings.warn(f"{type(old).__name__} was compiled: compile what replaces it again", stacklevel=4)
 
 
 def _narrow_statistics(layer: _NormBase) -> None:

@@ -7,12 +7,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, ops
 from .autograd import BatchRenormFunction
 from .backends import reference
 from .checkpointing import pre_update_statistics
-from .schedule import ClipSchedule, check_limits
+from .schedule import ClipSchedule, check_limits, is_number
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "hardswish")
 
@@ -49,7 +50,8 @@ def batch_renorm(
         eps: added to the variance, positive.
         r_max: limit of r, at least 1: ``r`` is clipped to [1/r_max, r_max]. A float or a 0-d tensor; a value that
             changes while the code is compiled should be a tensor.
-        d_max: limit of abs(d), at least 0. A float or a 0-d tensor.
+        d_max: limit of abs(d), at least 0. A float or a 0-d tensor. The range of tensors is not checked: that would
+            synchronize.
         residual: added before the activation; x's shape and dtype.
         mask: bool, (N, *spatial) or (N, 1, *spatial): True where a value counts. Others stay out of the statistics;
             their output is 0 and so is their gradient.
@@ -67,13 +69,13 @@ def batch_renorm(
         limits = torch.stack([_limit_tensor("r_max", r_max, x), _limit_tensor("d_max", d_max, x)])
     else:
         numbers = (float(r_max), float(d_max), 0.0, 0.0, 0.0)
-    if not isinstance(momentum, (int, float)) or not math.isfinite(momentum):
+    if not is_number(momentum) or not math.isfinite(momentum):
         raise ValueError(f"momentum must be a finite number, got {momentum!r}")
     check_eps(eps)
     check_activation(activation)
     return renormalize(
-        x, residual, mask, weight, bias, running_mean, running_var, None, None, limits, numbers, momentum, eps,
-        activation, training,
+        x, residual, mask, weight, bias, running_mean, running_var, None, None, limits, numbers, float(momentum),
+        float(eps), activation, training,
     )  # fmt: skip
 
 
@@ -96,6 +98,7 @@ def renormalize(
 ) -> Tensor:
     """What ``batch_renorm`` and the layers share: check the tensors, then normalize in the mode asked for."""
     _check_tensors(x, residual, mask, weight, bias, running_mean, running_var, training)
+    _check_devices(x, num_batches_tracked=num_batches_tracked, clipped=clipped)
     if mask is not None and mask.dim() < x.dim():
         mask = mask.unsqueeze(1)
     if not training:
@@ -105,9 +108,10 @@ def renormalize(
         running_mean, running_var, num_batches_tracked, clipped = pre_update_statistics(
             running_mean, running_var, num_batches_tracked, clipped
         )
-    # Dynamo cannot trace a Function none of whose inputs wants a gradient
+    # Dynamo cannot trace a Function none of whose inputs wants a gradient; transforms must see it, to be refused
     differentiated = any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
-    call = BatchRenormFunction.apply if differentiated and torch.is_grad_enabled() else ops.forward
+    as_function = differentiated and torch.is_grad_enabled() or not traced and _is_transformed()
+    call = BatchRenormFunction.apply if as_function else ops.forward
     y, *_ = call(
         x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
         momentum, eps, activation, backends.selected(), traced,
@@ -131,6 +135,9 @@ def _evaluate(
         weight = weight.to(running_mean.dtype)
     if bias is not None and bias.dtype != running_mean.dtype:
         bias = bias.to(running_mean.dtype)
+    if mask is not None:  # what is masked may hold anything: keep it out of the gradients too
+        x = torch.where(mask, x, 0)
+        residual = None if residual is None else torch.where(mask, residual, 0)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
     if residual is not None:
         y = y + residual
@@ -138,9 +145,14 @@ def _evaluate(
     return y if mask is None else torch.where(mask, y, 0)
 
 
+def _is_transformed() -> bool:
+    """Whether a function transform (``torch.func``) or forward-mode differentiation is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def check_eps(eps: float) -> None:
     """Raise ``ValueError`` unless eps is a positive, finite number."""
-    if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
+    if not (is_number(eps) and 0 < eps < math.inf):
         raise ValueError(f"eps must be a positive, finite number, got {eps!r}")
 
 
@@ -207,11 +219,16 @@ def _check_tensors(
             )
         if mask.dtype != torch.bool:
             raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
-    for name, tensor in (
-        ("residual", residual), ("mask", mask), ("weight", weight), ("bias", bias), ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):  # fmt: skip
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected a tensor on {x.device} as x, got one on {tensor.device}")
+    if running_mean is not None and running_var is not None and running_mean.dtype != running_var.dtype:
+        raise ValueError(f"running_var: expected running_mean's dtype {running_mean.dtype}, got {running_var.dtype}")
+    _check_devices(
+        x, residual=residual, mask=mask, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
     if training and x.numel() == channels and channels > 0:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+
+
+def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device} as x, got one on {tensor.device}")

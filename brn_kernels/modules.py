@@ -12,7 +12,7 @@ from torch.nn import init
 from torch.nn.modules.batchnorm import _NormBase
 
 from .functional import check_activation, check_eps, renormalize
-from .schedule import ClipSchedule
+from .schedule import ClipSchedule, is_number
 
 
 class BatchRenorm(_NormBase):
@@ -68,13 +68,14 @@ class BatchRenorm(_NormBase):
     ) -> None:
         check_eps(eps)
         check_activation(activation)
-        if momentum is not None and not (isinstance(momentum, (int, float)) and math.isfinite(momentum)):
+        if momentum is not None and not (is_number(momentum) and math.isfinite(momentum)):
             raise ValueError(f"momentum must be None or a finite number, got {momentum!r}")
         if schedule is not None and not isinstance(schedule, ClipSchedule):
             raise ValueError(f"schedule must be a ClipSchedule, got {schedule!r}")
         if process_group is not None:
             raise NotImplementedError("process_group: statistics across processes are not implemented yet")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        momentum = None if momentum is None else float(momentum)
+        super().__init__(num_features, float(eps), momentum, affine, track_running_stats, device, dtype)
         if affine and not bias:
             self.register_parameter("bias", None)
         self.schedule = ClipSchedule.paper() if schedule is None else schedule
@@ -142,6 +143,13 @@ class BatchRenorm(_NormBase):
         super()._apply(fn, recurse)
         self._widen_statistics(*before)
         return self
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self._widen_statistics()  # loading with assign=True puts the checkpoint's tensors in place
+        running_mean, clipped = self.running_mean, self.clipped
+        if running_mean is not None and clipped is not None and clipped.device != running_mean.device:
+            self.clipped = torch.zeros_like(clipped, device=running_mean.device)
 
     def _widen_statistics(self, wide_mean: Tensor | None = None, wide_var: Tensor | None = None) -> None:
         """Hold half and bfloat16 statistics as float32, with the values of the tensors given, if any."""

@@ -21,7 +21,9 @@ def update_stats(model: nn.Module, loader: Iterable[Any], device: torch.device |
     :func:`torch.optim.swa_utils.update_bn`, which does not know our layers, for Batch Renormalization and BatchNorm
     layers alike. While it runs, layers normalize by batch statistics alone, since the old running ones are not to be
     trusted. ``num_batches_tracked`` of our layers is kept (the schedule goes on where it was), and so is every
-    module's training flag. If anything fails, every layer is as it was before.
+    module's training flag. If anything fails, every layer is as it was before. A batch that a channel's statistics
+    cannot use (NaN, all masked) still counts: with m batches, the initial values 0 and 1 then take 1/m of the average
+    if it is the first one.
 
     Args:
         model: called as ``model(batch)``, in training mode, without gradients.

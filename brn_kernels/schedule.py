@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import overload
 
 import torch
 from torch import Tensor
+
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class ClipSchedule:
         check_limits(self.r_max, self.d_max)
         for name in ("hold", "r_ramp", "d_ramp"):
             steps = getattr(self, name)
-            if not (isinstance(steps, (int, float)) and math.isfinite(steps) and steps >= 0 and steps == int(steps)):
+            if not (is_number(steps) and math.isfinite(steps) and steps >= 0 and steps == int(steps)):
                 raise ValueError(f"{name} must be a whole, non-negative, finite number of steps, got {steps!r}")
             object.__setattr__(self, name, int(steps))
         for limit, ramp in (("r_max", "r_ramp"), ("d_max", "d_ramp")):
@@ -75,7 +78,7 @@ class ClipSchedule:
         Limits are closed for 1/32 of the training, d reaches its limit at 5/32 and r at 1/4, so that
         ``for_training(160_000)`` is ``paper()``.
         """
-        if not (isinstance(total_steps, (int, float)) and math.isfinite(total_steps) and total_steps >= 1):
+        if not (is_number(total_steps) and math.isfinite(total_steps) and total_steps >= 1):
             raise ValueError(f"total_steps must be a finite number of at least 1, got {total_steps!r}")
         paper = cls.paper()
         hold, r_ramp, d_ramp = (round(n * total_steps / 160_000) for n in (paper.hold, paper.r_ramp, paper.d_ramp))
@@ -111,11 +114,17 @@ class ClipSchedule:
 
 
 def check_limits(r_max: float, d_max: float) -> None:
-    """Raise ``ValueError`` unless r_max >= 1 and d_max >= 0 (both may be infinite)."""
-    if not (isinstance(r_max, (int, float)) and r_max >= 1):
-        raise ValueError(f"r_max must be a number of at least 1, got {r_max!r}")
-    if not (isinstance(d_max, (int, float)) and d_max >= 0):
-        raise ValueError(f"d_max must be a number of at least 0, got {d_max!r}")
+    """Raise ``ValueError`` unless r_max >= 1 and d_max >= 0, both infinite or within float32."""
+    for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if not (is_number(limit) and limit >= least):
+            raise ValueError(f"{name} must be a number of at least {least}, got {limit!r}")
+        if _FLOAT32_MAX < limit < math.inf:
+            raise ValueError(f"{name} must be infinite or fit float32, got {limit!r}")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number: Python's or NumPy's, no tensor."""
+    return isinstance(value, (int, float)) or isinstance(value, numbers.Real)
 
 
 def limits_at(step: Tensor, numbers: tuple[float, ...] | list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

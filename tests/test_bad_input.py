@@ -222,3 +222,17 @@ def test_a_variance_that_overflows_spares_the_mean_too(backend, device):
     assert layer.running_mean[0] != 0 and layer.running_var[0] != 1
     assert layer.running_mean[1] == 0 and layer.running_var[1] == 1
     assert layer.clipped.tolist()[1] is True
+
+
+def test_limits_that_float32_cannot_hold():
+    with pytest.raises(ValueError, match="r_max must be infinite or fit float32, got 1e[+]39"):
+        brn.ClipSchedule(r_max=1e39)
+
+
+def test_running_statistics_of_two_dtypes():
+    x = torch.randn(4, 3).half()
+    for training in (True, False):
+        with pytest.raises(
+            ValueError, match="running_var: expected running_mean's dtype torch.float16, got torch.float32"
+        ):
+            brn.batch_renorm(x, torch.zeros(3).half(), torch.ones(3), training=training)

@@ -188,3 +188,33 @@ def test_training_without_gradients_updates_and_keeps_few_copies(backend, device
             layer(batches(1, device)[0])
     assert layer.num_batches_tracked == 100
     assert len(checkpointing._logs[layer.running_mean].under_no_grad) <= 64
+
+
+def test_more_calls_than_are_kept_raise_instead_of_giving_wrong_gradients(device, monkeypatch):
+    monkeypatch.setattr(checkpointing, "_NO_GRAD_CALLS_KEPT", 4)
+    layer = brn.BatchRenorm1d(3, schedule=brn.ClipSchedule.constant(3, 5), momentum=0.1, device=device)
+    z = torch.zeros(8, 3, device=device, requires_grad=True)
+    xs = torch.randn(6, 8, 3, device=device)
+    y = checkpoint(lambda z: sum(layer(x + z).square().sum() for x in xs), z, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="no longer kept: at most"):
+        y.backward()
+
+
+def test_hooks_that_outlive_their_graphs_do_not_gather_copies(device, monkeypatch):
+    monkeypatch.setattr(checkpointing, "_HOOKED_CALLS_KEPT", 5)
+    layer = brn.BatchRenorm1d(3, device=device)
+    hooks = torch.autograd.graph.save_on_cpu()
+    for _ in range(20):
+        with hooks:
+            y = layer(torch.randn(8, 3, device=device, requires_grad=True))
+        y.sum().backward()
+    kept = checkpointing._logs[layer.running_mean].under_hooks.values()
+    assert sum(map(len, kept)) == 5
+
+
+def test_hooks_that_cannot_be_referred_to_weakly(device):
+    layer = brn.BatchRenorm1d(3, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, torch.Tensor.clone):
+        y = layer(torch.randn(8, 3, device=device, requires_grad=True))
+    y.sum().backward()
+    assert layer.num_batches_tracked.item() == 1

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import brn_kernels as brn
@@ -219,3 +220,58 @@ def test_no_warning_where_all_is_well():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         brn.revert_to_batchnorm(brn.convert_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.Linear(3, 3))))
+
+
+def test_a_pruned_layer_converts_and_reverts():
+    """Pruning moves the weight out of the parameters: the new layer's own must not stay in its place."""
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    keys = list(model.state_dict())
+    brn.convert_batchnorm(model)
+    model(torch.randn(2, 4, 2, 2)).sum().backward()
+    assert list(model.state_dict()) == keys and model[0].weight_orig.grad is not None
+    brn.revert_to_batchnorm(model)
+    model(torch.randn(2, 4, 2, 2))
+    assert list(model.state_dict()) == keys
+
+
+def test_a_compiled_layer_does_not_go_on_as_the_old_one():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    model[0].compile(backend="eager")
+    with pytest.warns(UserWarning, match="BatchNorm2d was compiled: compile what replaces it again"):
+        brn.convert_batchnorm(model, schedule=brn.ClipSchedule.unclipped())
+    x = torch.randn(4, 4, 3, 3) + 5
+    assert model(x).mean() > 4, "normalized by the running statistics, not by the batch"
+
+
+def test_a_layer_wrapped_by_compile_is_refused():
+    model = nn.Sequential(nn.BatchNorm2d(3), torch.compile(nn.BatchNorm2d(4), backend="eager"))
+    with pytest.raises(ValueError, match="a BatchNorm2d was compiled by itself: replace it before that"):
+        brn.convert_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_with_a_warning():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    model[0].forward = lambda x: x
+    with pytest.warns(UserWarning, match="BatchNorm2d left as it is"):
+        brn.convert_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_hooks_of_load_state_dict_know_the_new_layer():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    seen = []
+    model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    brn.convert_batchnorm(model)
+    model.load_state_dict(model.state_dict())
+    assert seen == [model[0]]
+
+
+def test_a_foreign_buffer_stays_out_of_the_state_dict():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    model[0].register_buffer("extra", torch.zeros(2), persistent=False)
+    keys = list(model.state_dict())
+    assert list(brn.convert_batchnorm(model).state_dict()) == keys
+    assert "extra" in dict(model[0].named_buffers())
+    assert list(brn.revert_to_batchnorm(model).state_dict()) == keys

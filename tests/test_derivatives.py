@@ -100,3 +100,45 @@ def test_only_the_gradient_asked_for(backend, device, wanted):
     alone, together = run({wanted}), run(set(tensors))
     assert [name for name, grad in alone.items() if grad is not None] == [wanted]
     assert torch.equal(alone[wanted], together[wanted])
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "hardswish"])
+@pytest.mark.parametrize("mode", ["evaluation", "training", "create_graph"])
+def test_nan_under_the_mask_reaches_no_gradient(backend, device, activation, mode):
+    layer = brn.BatchRenorm2d(3, activation=activation, device=device).train(mode != "evaluation")
+    x, residual = torch.randn(2, 4, 3, 2, 2, device=device).unbind()
+    x[0], residual[0] = float("nan"), float("inf")
+    x.requires_grad_(), residual.requires_grad_()
+    mask = torch.ones(4, 2, 2, dtype=torch.bool, device=device)
+    mask[0] = False
+    y = layer(x, residual, mask)
+    wanted = [x, residual, layer.weight, layer.bias]
+    gradients = torch.autograd.grad(y, wanted, torch.randn_like(y), create_graph=mode == "create_graph")
+    assert all(g.isfinite().all() for g in (y, *gradients))
+    assert not gradients[0][0].any() and not gradients[1][0].any()
+
+
+def test_forward_mode_is_refused_with_frozen_parameters_too(device):
+    """It returned a tangent of zero, and updated the statistics."""
+    layer = brn.BatchRenorm2d(3, device=device).requires_grad_(False)
+    x = torch.randn(4, 3, 2, 2, device=device)
+    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        torch.func.jvp(layer, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        layer(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_saved_tensors_that_come_back_in_another_memory_format(backend, device, layout):
+    """The packed bits of ReLU are in the order x had: pinning save_on_cpu hands back a contiguous x."""
+    other = {"contiguous": torch.channels_last, "channels_last": torch.contiguous_format}[layout]
+    mine = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
+    x = torch.randn(2, 16, 4, 4, device=device).to(memory_format=mine).requires_grad_()
+    residual, dy = torch.randn(2, 2, 16, 4, 4, device=device).unbind()
+    gradients = []
+    for unpack in (lambda t: t, lambda t: t.contiguous(memory_format=other) if t.dim() == 4 else t):
+        layer = brn.BatchRenorm2d(16, activation="relu", device=device)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = layer(x, residual)
+        gradients += torch.autograd.grad(y, x, dy)
+    assert torch.allclose(*gradients, atol=1e-5)

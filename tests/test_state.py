@@ -134,3 +134,38 @@ def test_statistics_are_frozen_while_tracking_is_off(backend, device):
     before = copy.deepcopy(dict(layer.named_buffers()))
     train(layer, 1, device)
     assert all(torch.equal(before[name], value) for name, value in layer.named_buffers())
+
+
+def test_a_layer_made_on_meta_and_loaded_by_assignment_trains(backend, device):
+    """One tensor left on meta sent the whole call to the fake kernel: the output was uninitialized memory."""
+    with torch.device("meta"):
+        layer = brn.BatchRenorm2d(3)
+    checkpoint = {name: value.to(device) for name, value in torch.nn.BatchNorm2d(3).state_dict().items()}
+    layer.load_state_dict(checkpoint, assign=True)
+    x = torch.randn(4, 3, 5, 2, device=device)
+    assert torch.equal(layer(x), brn.BatchRenorm2d(3, device=device)(x))
+    assert layer.num_batches_tracked.item() == 1 and not layer.running_mean.eq(0).any()
+
+
+def test_half_statistics_loaded_by_assignment_become_float32():
+    layer = brn.BatchRenorm2d(3).bfloat16()
+    layer.load_state_dict(torch.nn.BatchNorm2d(3).bfloat16().state_dict(), assign=True)
+    assert layer.weight.dtype == torch.bfloat16 and layer.running_var.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["num_batches_tracked", "clipped"])
+def test_a_buffer_on_another_device_is_told(name):
+    layer = brn.BatchRenorm2d(3)
+    layer._buffers[name] = layer._buffers[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor on cpu as x, got one on meta"):
+        layer(torch.randn(4, 3, 2, 2))
+    assert not layer.running_mean.any()
+
+
+def test_numpy_numbers_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    layer = brn.BatchRenorm2d(
+        3, numpy.float32(1e-3), numpy.float32(0.5), schedule=brn.ClipSchedule.for_training(numpy.int64(1000))
+    )
+    layer(torch.randn(4, 3, 2, 2))
+    assert brn.ClipSchedule(r_max=numpy.float32(2), hold=numpy.int64(5)).limits(5)[0] == 1

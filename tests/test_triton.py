@@ -518,3 +518,56 @@ def test_without_triton_it_says_why():
 def test_interpreted_kernels_are_used_only_when_asked_for():
     code = "import torch, brn_kernels as brn; print(brn.backends.resolve('auto', 'cpu').__name__)"
     assert in_a_new_process(code).stdout.strip().endswith(".reference")
+
+
+def test_values_per_channel_that_do_not_lie_side_by_side(device):
+    """Kernels that took them for dense wrote means into the neighbours, and past the end."""
+    arguments = call(device, (6, 5, 4), weight=None, bias=None)
+    table = torch.full((5, 6), 7.0, dtype=torch.float64, device=device)
+    spaced = dict(zip(("running_mean", "running_var", "weight", "bias"), table[:, :5].unbind(1), strict=False))
+    for name, value in spaced.items():
+        value.copy_(arguments[name] if arguments[name] is not None else torch.rand(5) + 0.5)
+    flags = torch.zeros(5, 3, dtype=torch.bool, device=device)
+    dense = arguments | {name: value.clone() for name, value in spaced.items()}
+    truth = run(reference, dense)
+    y, saved, bits = kernels.forward(**arguments | spaced | {"clipped": flags[:, 1]})
+    found = {"y": y, "saved": saved, "running_mean": spaced["running_mean"], "running_var": spaced["running_var"]}
+    assert_same(found | {"clipped": flags[:, 1]}, {name: truth[name] for name in (*found, "clipped")})
+    assert table[:, 4:].eq(7.0).all() and not flags[:, 0].any() and not flags[:, 2].any()
+
+
+@LAYOUTS
+def test_one_huge_value_gives_what_the_reference_gives(device, channels_last):
+    """inf - inf in the variance made the whole channel NaN."""
+    arguments = call(device, (6, 9, 4), dtype=torch.float32, channels_last=channels_last)
+    arguments["x"][1, 2, 1] = 1e30
+    ours, truth = run(kernels, arguments), run(reference, arguments)
+    assert truth["y"].isfinite().all() and ours["y"].isfinite().all()
+    assert torch.equal(ours["running_var"] == 1, truth["running_var"] == 1)
+    assert torch.equal(ours["clipped"], truth["clipped"])
+
+
+@LAYOUTS
+def test_nan_gives_what_the_reference_gives(device, channels_last):
+    arguments = call(device, (6, 9, 4), channels_last=channels_last)
+    arguments["x"][1, 2, 1] = float("nan")
+    ours, truth = run(kernels, arguments), run(reference, arguments)
+    for name, expected in truth.items():
+        found = ours[name]
+        if expected.is_floating_point():
+            assert torch.equal(found.isnan(), expected.isnan()), name
+        else:
+            assert torch.equal(found, expected), name
+
+
+def test_one_value_a_channel_updates_no_statistic(device):
+    """The functions refuse it; the operators are there for everyone."""
+    arguments = call(device, (1, 9))
+    kernels.forward(**arguments)
+    assert not arguments["running_mean"].any() and not arguments["clipped"].any()
+    assert arguments["num_batches_tracked"].item() == 6
+
+
+def test_planes_beyond_32_bit_columns_are_not_fused():
+    x = torch.empty(1, 1, 2**31, dtype=torch.bfloat16, device="meta")
+    assert not launch.is_fused(x, None, None, None)

@@ -54,6 +54,15 @@ def empty_in(layout: Layout, x: Tensor) -> Tensor:
     return rows.movedim(-1, 1)
 
 
+def kept_in(x: Tensor, channels_last: bool) -> Tensor:
+    """x, copied if its memory is not in the order it was in (saved-tensor hooks may give it back in another)."""
+    shape = layout_of(x)
+    if shape.channels_last == channels_last:
+        return x
+    positions = math.prod(x.shape[2:])
+    return empty_in(Layout(channels_last, x.shape[0], x.shape[1], positions), x).copy_(x)
+
+
 def bits_shape(x: Tensor) -> tuple[int, int]:
     """Shape of the mask of a tensor like x: each row of memory, padded to whole bytes."""
     layout = layout_of(x)

@@ -198,6 +198,9 @@ def composed(
 ) -> Tensor:
     """Compute y of differentiable operations, r and d being constants: derivatives of any order follow from it."""
     _, _, r, d = saved.unbind()
+    if mask is not None:  # what is masked may hold anything: keep it out of the derivatives too
+        x = torch.where(mask, x, 0)
+        residual = None if residual is None else torch.where(mask, residual, 0)
     batch_mean, batch_var, _ = batch_statistics(x, mask)
     inv_std = torch.rsqrt(batch_var + eps)
     y = activate(normalize(x, residual, weight, bias, batch_mean, inv_std, r, d), activation)

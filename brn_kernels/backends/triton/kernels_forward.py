@@ -139,11 +139,14 @@ def stream_kernel(
     splits = tl.num_programs(1)
     o_padded = tile * CT + tl.arange(0, CT)
     s1_total, s2_total = tl.sum(s1, 0), tl.sum(s2, 0)
-    b_count = s1_total * 0.0 + count.to(ACC)
+    b_count = tl.zeros([CT], ACC) + count.to(ACC)
+    m2 = s2_total - s1_total * (s1_total / b_count)
+    m2 = tl.where(m2 < 0.0, 0.0, m2)  # by a rounding; NaN stays
+    m2 = tl.where(s2_total < float("inf"), m2, s2_total)  # inf - inf says nothing
     p_partials = workspace_ptr + 4 * padded + o_padded
     tl.store(p_partials + split * padded, b_count)
     tl.store(p_partials + (splits + split) * padded, origin + s1_total / b_count)
-    tl.store(p_partials + (2 * splits + split) * padded, s2_total - s1_total * (s1_total / b_count))
+    tl.store(p_partials + (2 * splits + split) * padded, m2)
     if arrive(tickets_ptr + tile, splits):
         finish(
             p_partials, splits, padded, predicted, o_channels, m_channels, o_padded, tile,
@@ -220,7 +223,7 @@ def finish(
         count = tl.load(p_count, mask=m_splits, other=0.0, cache_modifier=".cg")
         mean = tl.load(p_count + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
         total += count
-        weighted += tl.where(count > 0, count * (mean - origin[None, :]), 0.0)
+        weighted += tl.where(m_splits, count * (mean - origin[None, :]), 0.0)
     m_values = number(values, ACC)
     batch_mean = origin + tl.sum(weighted, 0) / tl.sum(total, 0)
     squares = tl.zeros([MERGE_ROWS, CT], ACC)
@@ -232,7 +235,7 @@ def finish(
         mean = tl.load(p_count + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
         m2 = tl.load(p_count + 2 * splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
         delta = mean - batch_mean[None, :]
-        squares += tl.where(count > 0, m2 + count * delta * delta, 0.0)
+        squares += tl.where(m_splits, m2 + count * delta * delta, 0.0)
     batch_var = tl.sum(squares, 0) / m_values
 
     gamma, beta = affine_of(weight_ptr, bias_ptr, o_channels, m_channels, ACC)
@@ -266,11 +269,12 @@ def finish(
         unbiased_var = batch_var * (m_values / (m_values - 1.0))
         new_mean = (running_mean + factor * (batch_mean - running_mean)).to(running_mean_ptr.dtype.element_ty)
         new_var = (running_var + factor * (unbiased_var - running_var)).to(running_var_ptr.dtype.element_ty)
-        m_finite = m_channels & finite
+        m_tells = m_channels & (o_padded * 0 + m_values >= 2.0)  # one value says nothing about a variance
+        m_finite = m_tells & finite
         tl.store(running_mean_ptr + o_channels, new_mean, mask=m_finite & is_finite(new_mean.to(ACC)))
         tl.store(running_var_ptr + o_channels, new_var, mask=m_finite & is_finite(new_var.to(ACC)))
         if clipped_ptr is not None:
-            tl.store(clipped_ptr + o_channels, (corrected != 0).to(clipped_ptr.dtype.element_ty), mask=m_channels)
+            tl.store(clipped_ptr + o_channels, (corrected != 0).to(clipped_ptr.dtype.element_ty), mask=m_tells)
 
     tl.store(saved_ptr + o_channels, batch_mean, mask=m_channels)
     tl.store(saved_ptr + channels + o_channels, 1.0 / batch_std, mask=m_channels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from .tickets import tickets
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
+MAX_COLUMNS = 2**29  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64)
+
+
 class _Side(NamedTuple):
     """A tensor as the kernels see it: its memory fits the layout of the pass, with these (outer, channel) strides."""
 
@@ -35,6 +39,8 @@ class _Side(NamedTuple):
 
 def is_fused(x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> bool:
     """Whether the kernels do this call; what they do not is the reference backend's."""
+    if x.numel() >= MAX_COLUMNS and max(x.shape[1], math.prod(x.shape[2:])) >= MAX_COLUMNS:
+        return False
     return mask is None and x.numel() > 0 and (residual is None or activation in (None, "relu"))
 
 
@@ -73,14 +79,16 @@ def forward(
     bits = torch.empty(layout.bits_shape(x), dtype=torch.uint8, device=x.device) if kept else reference.empty_bits(x)
     workspace = _workspace(launch, kernels_forward, acc, x.device)
     r_max, d_max, hold, r_ramp, d_ramp = schedule
+    weight, bias, limits = _dense(weight), _dense(bias), _dense(limits)
+    dense_mean, dense_var, dense_clipped = _dense(running_mean), _dense(running_var), _dense(clipped)
     bits_or_none = bits if kept else None
     geometry = _geometry(launch, shape)
     strides = _in_vectors(launch.vector, source.strides + extra.strides + target.strides)
     tile = _tile(launch, acc, activation)
     with _on_device(x):
         kernels_forward.stream_kernel[launch.grid](
-            source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, running_mean, running_var,
-            _as_bytes(clipped), num_batches_tracked, limits, saved, workspace,
+            source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
+            _as_bytes(dense_clipped), num_batches_tracked, limits, saved, workspace,
             tickets(x.device, launch.channel_tiles), *geometry, *strides,
             r_max, d_max, int(hold), int(r_ramp), int(d_ramp), 0.0 if momentum is None else momentum, eps,
             float(x.numel() // shape.channels), CUMULATIVE=momentum is None, STAGES=config.STAGES, **tile,
@@ -91,6 +99,9 @@ def forward(
             *geometry, *strides, **tile,
         )  # fmt: skip
     target.copy_to(y)
+    for dense, updated in ((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)):
+        if dense is not None and updated is not None and dense is not updated:
+            updated.copy_(dense)
     return y, saved, bits
 
 
@@ -129,6 +140,7 @@ def backward(
         launch = dataclasses.replace(launch, max_registers=config.REGISTERS_MANY)
 
     acc = saved.dtype
+    weight, bias, saved, bits = _dense(weight), _dense(bias), saved.contiguous(), bits.contiguous()
     dweight = torch.empty(shape.channels, dtype=acc, device=x.device)
     dbias = torch.empty(shape.channels, dtype=acc, device=x.device)
     workspace = _workspace(launch, kernels_backward, acc, x.device)
@@ -221,6 +233,11 @@ def _sums(launch: Launch) -> dict[str, Any]:
 
 def _in_vectors(vector: int, strides: tuple[int, ...]) -> list[int]:
     return [stride // vector for stride in strides]
+
+
+def _dense(values: Tensor | None) -> Tensor | None:
+    """Values per channel as the kernels read them: one after the other."""
+    return None if values is None else values.contiguous()
 
 
 def _as_bytes(flags: Tensor | None) -> Tensor | None:

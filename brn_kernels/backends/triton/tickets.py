@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -14,12 +16,29 @@ def tickets(device: torch.device, count: int) -> Tensor:
     Launches on one stream run one after another and may share them; so each stream has its own. A CUDA graph may be
     replayed on any stream, beside whatever runs then: each call in it gets counters of its own, zeroed in the graph.
     """
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     counters = _counters.get(key)
     if counters is None or counters.numel() < count:
-        counters = _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        counters = _counters[key] = _lasting_zeros(device, max(count, 4096))
     return counters
+
+
+def _lasting_zeros(device: torch.device, count: int) -> Tensor:
+    """Zeros that may outlive whatever memory pool this thread allocates from, and are there for every stream.
+
+    While ``torch.compile(mode="reduce-overhead")`` warms up, what a thread allocates belongs to its graphs' pool, and
+    is used again when they are replayed. That is so for each thread apart: another one allocates as usual.
+    """
+    made: list[Tensor] = []
+
+    def make() -> None:
+        with torch.cuda.device(device):
+            made.append(torch.zeros(count, dtype=torch.int32, device=device))
+            torch.cuda.current_stream().synchronize()
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]
