@@ -43,11 +43,22 @@ TRITON_TYPES = {
 }  # fmt: skip
 FUSED = [(None, False), ("relu", True), ("relu", False), (None, True)]  # activation, residual
 OTHER_ACTIVATIONS = [("leaky_relu", False), ("silu", False), ("hardswish", False)]
+# What a caller may give or leave out; a dtype stands for a vector of it
+HALF = torch.float16
+NO_STATISTICS = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked", "clipped"))
+OTHER_CALLS: dict[str, dict[str, Any]] = {
+    "cumulative average": {"momentum": None},
+    "limits as a tensor": {"limits": torch.empty(2, device="meta"), "num_batches_tracked": None, "clipped": None},
+    "no running statistics": NO_STATISTICS,
+    "half parameters and statistics": dict.fromkeys(("weight", "bias", "running_mean", "running_var"), HALF),
+    "no weight, no bias": {"weight": None, "bias": None},
+}
 # (N, C, H, W) and whether it is channels_last: what distinguishes launches is the tile, the vector and the slab
 SHAPES = {
     "channels_last": ((256, 256, 56, 56), True),
     "channels_last, slabs": ((256, 1024, 14, 14), True),
     "channels_last, 24 channels": ((64, 24, 56, 56), True),
+    "channels_last, 2^32 rows": ((2**15, 8, 256, 512), True),
     "contiguous 56x56": ((256, 64, 56, 56), False),
     "contiguous 28x28, slabs": ((256, 512, 28, 28), False),
     "contiguous 7x7": ((256, 2048, 7, 7), False),
@@ -124,35 +135,47 @@ def variants(quick: bool) -> list[Variant]:
         SHAPES.items(), dtypes.items()
     ):
         fused = FUSED if dtype_label in ("bf16", "fp32") else FUSED[:2]
+        if "2^32" in shape_label:
+            fused = FUSED[:1] if dtype_label == "bf16" else []
         if shape_label in ("channels_last", "contiguous 56x56") and dtype_label == "bf16":
             fused = fused + OTHER_ACTIVATIONS
-        for activation, with_residual in fused:
+        calls = [(f"{a or 'no activation'}{' + residual' if r else ''}", a, r, {}) for a, r in fused]
+        if shape_label == "channels_last" and dtype_label == "bf16":
+            calls += [(what, None, False, changes) for what, changes in OTHER_CALLS.items()]
+        for what, activation, with_residual, changes in calls:
             for recorder in recorders:
-                what = f"{activation or 'no activation'}{' + residual' if with_residual else ''}"
                 recorder.label = f"{shape_label}, {dtype_label}, {what}"
                 recorder.itemsize = dtype.itemsize
-            launch_once(shape, channels_last, dtype, activation, with_residual)
+            launch_once(shape, channels_last, dtype, activation, with_residual, changes)
     for module, names in KERNELS.items():
         for name in names:
             setattr(module, name, getattr(module, name).kernel)
     return list(found)
 
 
-def launch_once(shape: Any, channels_last: bool, dtype: torch.dtype, activation: str | None, residual: bool) -> None:
+def launch_once(
+    shape: Any, channels_last: bool, dtype: torch.dtype, activation: str | None, residual: bool, changes: dict[str, Any]
+) -> None:
     """A forward and backward of the library on tensors without memory."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     acc, channels = reference.statistics_dtype(x), shape[1]
-    vectors = [torch.empty(channels, dtype=acc, device="meta") for _ in range(4)]
-    weight, bias, mean, var = vectors
-    counter = torch.empty((), dtype=torch.int64, device="meta")
-    clipped = torch.empty(channels, dtype=torch.bool, device="meta")
-    extra = torch.empty_like(x) if residual else None
-    y, saved, bits = launch.forward(
-        x, extra, None, weight, bias, mean, var, counter, clipped, None, [3.0, 5.0, 5000.0, 35000.0, 20000.0], 0.01,
-        1e-5, activation,
+
+    def vector(kind: torch.dtype) -> torch.Tensor:
+        return torch.empty(channels, dtype=kind, device="meta")
+
+    call: dict[str, Any] = {
+        "residual": torch.empty_like(x) if residual else None, "mask": None,
+        "weight": vector(acc), "bias": vector(acc), "running_mean": vector(acc), "running_var": vector(acc),
+        "num_batches_tracked": torch.empty((), dtype=torch.int64, device="meta"), "clipped": vector(torch.bool),
+        "limits": None, "schedule": [3.0, 5.0, 5000.0, 35000.0, 20000.0], "momentum": 0.01, "eps": 1e-5,
+        "activation": activation,
+    }  # fmt: skip
+    call |= {name: vector(value) if isinstance(value, torch.dtype) else value for name, value in changes.items()}
+    y, saved, bits = launch.forward(x, **call)
+    launch.backward(
+        torch.empty_like(y), x, None, None, call["weight"], call["bias"], saved, bits, activation, True, residual
     )  # fmt: skip
-    launch.backward(torch.empty_like(y), x, None, None, weight, bias, saved, bits, activation, True, residual)
 
 
 def compile_variant(variant: Variant, architecture: int) -> list[Any]:
