@@ -26,7 +26,7 @@ def forward_arguments(shape, device, dtype=torch.float32, *, full=False, activat
     clipped = torch.zeros(channels, dtype=torch.bool, device=device) if full else None
     return [
         x, residual, None, weight, bias, mean, var, counter, clipped, None, SCHEDULE, 0.1, 1e-5, activation,
-        "auto", False,
+        brn.backends.selected(), False,
     ]  # fmt: skip
 
 
@@ -52,7 +52,20 @@ def test_opcheck(backend, device, case, channels_last):
     for needs_dx in (True, False):
         torch.library.opcheck(
             ops.backward,
-            [torch.randn_like(y), x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dx, "auto"],
+            [
+                torch.randn_like(y),
+                x,
+                residual,
+                mask,
+                weight,
+                bias,
+                saved,
+                bits,
+                activation,
+                needs_dx,
+                needs_dx,
+                brn.backends.selected(),
+            ],
         )
 
 

@@ -515,9 +515,11 @@ def test_without_triton_it_says_why():
     assert "RuntimeError: backend 'triton' cannot run here" in run_.stderr and "triton" in run_.stderr
 
 
-def test_interpreted_kernels_are_used_only_when_asked_for():
-    code = "import torch, brn_kernels as brn; print(brn.backends.resolve('auto', 'cpu').__name__)"
-    assert in_a_new_process(code).stdout.strip().endswith(".reference")
+@pytest.mark.parametrize("environment", [{}, {"TRITON_INTERPRET": "1"}], ids=str)
+def test_interpreted_kernels_are_used_only_by_name(environment):
+    """Whole models on interpreted kernels take minutes a step."""
+    code = "import brn_kernels as brn; print(brn.backends.resolve('auto', 'cpu').__name__)"
+    assert in_a_new_process(code, **environment).stdout.strip().endswith(".reference")
 
 
 def test_values_per_channel_that_do_not_lie_side_by_side(device):

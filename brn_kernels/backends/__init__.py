@@ -88,7 +88,10 @@ def _resolve(name: str, device_type: str) -> ModuleType:
         return _load(name)
     passed_over = {}
     for candidate in PREFERENCE:
-        if reason := _unusable(candidate, device_type):
+        reason = _unusable(candidate, device_type)
+        if reason is None and candidate == "triton" and device_type == "cpu":
+            reason = "interpreted on a CPU, so only if asked for by name"
+        if reason:
             passed_over[candidate] = reason
             continue
         if candidate == "reference":
