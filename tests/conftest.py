@@ -56,3 +56,28 @@ def poisoned_empties(monkeypatch):
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoning(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def triton_kernels(device):
+    """Skips, with the reason, where the Triton kernels cannot run."""
+    from brn_kernels.backends import triton
+
+    if reason := triton.unusable(device.type):
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch):
+    """Tiles of 64 elements and 7 programs at once: every loop of the Triton kernels turns more than once."""
+    from brn_kernels.backends.triton import config
+
+    monkeypatch.setattr(config, "NUM_WARPS", 1)
+    monkeypatch.setattr(config, "ACCESSES_PER_THREAD", 1)
+    monkeypatch.setattr(config, "MAX_INNER_CHANNELS_LAST", 8)
+    monkeypatch.setattr(config, "MIN_INNER_CONTIGUOUS", 8)
+    monkeypatch.setattr(config, "MERGE_ROWS", 2)
+    monkeypatch.setattr(config, "device_of", lambda _: config.Device(multiprocessors=7, l2_bytes=50 * 2**20))
+    config.launch_for.cache_clear()
+    yield
+    config.launch_for.cache_clear()

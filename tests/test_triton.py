@@ -3,8 +3,6 @@
 Without a GPU the kernels are interpreted. Tiles are made tiny where a test is about several of them.
 """
 
-import dataclasses
-import functools
 import mmap
 import os
 import subprocess
@@ -15,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ACTIVATIONS
-from tolerances import assert_close
+from triton_calls import LAYOUTS, assert_same, call, layout_like, run, spy
 
 from brn_kernels.backends import layout, reference
 
@@ -23,85 +21,7 @@ pytest.importorskip("triton")
 from brn_kernels.backends import triton as kernels  # noqa: E402
 from brn_kernels.backends.triton import config, kernels_backward, launch  # noqa: E402
 
-OPEN = [3.0, 5.0, 0.0, 0.0, 0.0]
-CLOSED = [1.0, 0.0, 0.0, 0.0, 0.0]
-NARROW = [1.2, 0.2, 0.0, 0.0, 0.0]  # clips some channels of random data
-LAYOUTS = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
-
-
-@pytest.fixture(autouse=True)
-def runnable(device):
-    if reason := kernels.unusable(device.type):
-        pytest.skip(reason)
-
-
-@pytest.fixture
-def tiny_tiles(monkeypatch):
-    """Tiles of 64 elements and 7 programs at once: every loop of the kernels turns more than once."""
-    monkeypatch.setattr(config, "NUM_WARPS", 1)
-    monkeypatch.setattr(config, "ACCESSES_PER_THREAD", 1)
-    monkeypatch.setattr(config, "MAX_INNER_CHANNELS_LAST", 8)
-    monkeypatch.setattr(config, "MIN_INNER_CONTIGUOUS", 8)
-    monkeypatch.setattr(config, "MERGE_ROWS", 2)
-    monkeypatch.setattr(config, "device_of", lambda _: config.Device(multiprocessors=7, l2_bytes=50 * 2**20))
-    config.launch_for.cache_clear()
-    yield
-    config.launch_for.cache_clear()
-
-
-def call(device, shape=(6, 11, 5, 3), dtype=torch.float64, channels_last=True, residual=False, activation=None, **more):
-    """Arguments of ``forward`` by name; ``more`` replaces some."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    channels = shape[1]
-    per_channel = [1, -1] + [1] * (len(shape) - 2)
-    x = normal(*shape) * (0.5 + torch.rand(channels, generator=generator).double()).view(per_channel)
-    x = (x + normal(channels).mul(0.3).view(per_channel)).to(device, dtype)
-    extra = normal(*shape).to(device, dtype) if residual else None
-    if channels_last:
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        extra = None if extra is None else extra.movedim(1, -1).contiguous().movedim(-1, 1)
-    acc = reference.statistics_dtype(x)
-    return {
-        "x": x, "residual": extra, "mask": None,
-        "weight": (1 + 0.3 * normal(channels)).to(device, acc), "bias": normal(channels).to(device, acc),
-        "running_mean": torch.zeros(channels, dtype=acc, device=device),
-        "running_var": torch.ones(channels, dtype=acc, device=device),
-        "num_batches_tracked": torch.tensor(5, device=device),
-        "clipped": torch.zeros(channels, dtype=torch.bool, device=device),
-        "limits": None, "schedule": NARROW, "momentum": 0.1, "eps": 1e-5, "activation": activation,
-    } | more  # fmt: skip
-
-
-def run(backend, arguments, dy=None, **needs):
-    """Everything a forward and backward give and change, by name; the arguments stay as they are."""
-    mine = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-    y, saved, bits = backend.forward(**mine)
-    if dy is None:
-        dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
-    residual = None if reference.keeps_bits(mine["residual"], mine["activation"]) else mine["residual"]
-    gradients = backend.backward(
-        dy, mine["x"], residual, mine["mask"], mine["weight"], mine["bias"], saved, bits, mine["activation"],
-        needs.get("needs_dx", True), needs.get("needs_dresidual", mine["residual"] is not None),
-    )  # fmt: skip
-    changed = {name: mine[name] for name in ("running_mean", "running_var", "num_batches_tracked", "clipped")}
-    named = dict(zip(("dx", "dweight", "dbias", "dresidual"), gradients, strict=True))
-    return {"y": y, "saved": saved, "bits": bits} | changed | named
-
-
-def assert_same(ours, truth):
-    for name, expected in truth.items():
-        if expected is None:
-            continue
-        assert ours[name].dtype == expected.dtype, name
-        if expected.is_floating_point():
-            scale = expected.abs().max().item() * 50 if expected.numel() else 1.0
-            assert_close(ours[name].cpu(), expected.cpu().double(), name, max(scale, 1.0))
-        else:
-            assert torch.equal(ours[name], expected), name
+pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 
 # -- tiles and splits
@@ -222,15 +142,6 @@ def test_slabs_equal_two_launches(tiny_tiles, monkeypatch, device, channels_last
     assert len(launches) == 1
 
 
-def spy(kernel, launches):
-    class Spy:
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return kernel[grid]
-
-    return Spy()
-
-
 def test_slabs_are_used_where_one_fits_l2_and_all_do_not():
     h200 = config.Device(132, 50 * 2**20)
     chosen = {}
@@ -347,121 +258,6 @@ def test_unaligned_rows(device, channels_last, start):
     assert_same(run(kernels, arguments | {"x": shifted}), run(reference, arguments))
 
 
-# -- traffic
-
-
-@dataclasses.dataclass
-class Traffic:
-    loads: dict[str, int]
-    stores: dict[str, int]
-
-
-@pytest.fixture
-def traffic(monkeypatch, device):
-    """Counts the elements that interpreted kernels load from and store to each tensor."""
-    if device.type != "cpu":
-        pytest.skip("counted in the interpreter; on a GPU, ncu counts")
-    from triton.runtime import interpreter
-
-    accesses = {"loads": [], "stores": []}
-
-    def counting(method, kind):
-        @functools.wraps(method)
-        def counted(self, pointers, *rest):
-            mask = rest[0] if kind == "loads" else rest[1]
-            accesses[kind].append(pointers.data[mask.data])
-            return method(self, pointers, *rest)
-
-        return counted
-
-    builder = interpreter.InterpreterBuilder
-    monkeypatch.setattr(builder, "create_masked_load", counting(builder.create_masked_load, "loads"))
-    monkeypatch.setattr(builder, "create_masked_store", counting(builder.create_masked_store, "stores"))
-
-    def count(tensors):
-        totals = {}
-        for kind, addresses in accesses.items():
-            totals[kind] = {}
-            for name, tensor in tensors.items():
-                start = tensor.data_ptr()
-                inside = sum(int(((a >= start) & (a < start + tensor.nbytes)).sum()) for a in addresses)
-                totals[kind][name] = inside / tensor.numel()
-            addresses.clear()
-        return Traffic(**totals)
-
-    return count
-
-
-@LAYOUTS
-@pytest.mark.parametrize(
-    "schedule, reads_of_x", [([1e9, 1e9, 0.0, 0.0, 0.0], 1), (CLOSED, 2)], ids=["unclipped", "closed"]
-)
-def test_forward_traffic(tiny_tiles, traffic, device, channels_last, schedule, reads_of_x):
-    """Unclipped: one read and one write. While the limits are closed: two reads and one write."""
-    arguments = call(device, (6, 16, 5, 3), channels_last=channels_last, schedule=schedule)
-    y, _, _ = kernels.forward(**arguments)
-    seen = traffic({"x": arguments["x"], "y": y})
-    assert seen.loads == {"x": reads_of_x, "y": 0}
-    assert seen.stores == {"x": 0, "y": 1}
-
-
-@LAYOUTS
-def test_forward_traffic_with_a_residual(tiny_tiles, traffic, device, channels_last):
-    schedule = [1e9, 1e9, 0.0, 0.0, 0.0]
-    shape = (6, 16, 4, 4)  # no padding of the bits
-    arguments = call(device, shape, channels_last=channels_last, schedule=schedule, residual=True, activation="relu")
-    y, _, bits = kernels.forward(**arguments)
-    seen = traffic({"x": arguments["x"], "residual": arguments["residual"], "y": y, "bits": bits})
-    assert seen.loads == {"x": 1, "residual": 1, "y": 0, "bits": 0}
-    assert seen.stores == {"x": 0, "residual": 0, "y": 1, "bits": 1}
-    assert bits.numel() * 8 == y.numel()
-
-
-@LAYOUTS
-def test_only_clipped_channels_are_read_again(tiny_tiles, traffic, device, channels_last):
-    """In channels_last by eights, so that accesses stay 16 bytes wide."""
-    arguments = call(device, (6, 32, 5, 3), channels_last=channels_last, schedule=[30.0, 30.0, 0.0, 0.0, 0.0])
-    arguments["running_var"][11] = 1e-6  # r is far over its limit there
-    arguments["clipped"][11] = True
-    y, _, _ = kernels.forward(**arguments)
-    assert arguments["clipped"].nonzero().tolist() == [[11]]
-    seen = traffic({"x": arguments["x"], "y": y})
-    again = 8 / 32 if channels_last else 1 / 32
-    assert seen.loads["x"] == 1 + again
-    assert seen.stores["y"] == (1 + again if channels_last else 1)
-
-
-@LAYOUTS
-@pytest.mark.parametrize("slabs", [False, True], ids=["two launches", "slabs"])
-def test_backward_traffic(tiny_tiles, monkeypatch, traffic, device, channels_last, slabs):
-    """Four reads and one write; the second reads from L2 where slabs fit it."""
-    if slabs:
-        monkeypatch.setattr(config, "slab_of", lambda *_: 1)
-    shape = (6, 16, 4, 4)
-    arguments = call(device, shape, channels_last=channels_last, residual=True, activation="relu")
-    y, saved, bits = kernels.forward(**arguments)
-    x, dy = arguments["x"], torch.randn_like(y)
-    traffic({})
-    dx, _, _, dresidual = kernels.backward(
-        dy, x, None, None, arguments["weight"], arguments["bias"], saved, bits, "relu", True, True
-    )
-    seen = traffic({"x": x, "dy": dy, "bits": bits, "dx": dx, "dresidual": dresidual})
-    assert seen.loads == {"x": 2, "dy": 2, "bits": 2, "dx": 0, "dresidual": 0}
-    assert seen.stores == {"x": 0, "dy": 0, "bits": 0, "dx": 1, "dresidual": 1}
-
-
-def test_two_launches_a_forward_and_no_memory_beyond_the_results(tiny_tiles, monkeypatch, device):
-    launches, sizes = [], []
-    for name in ("stream_kernel", "repair_kernel"):
-        monkeypatch.setattr(launch.kernels_forward, name, spy(getattr(launch.kernels_forward, name), launches))
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: sizes.append(empty(*a, **k)) or sizes[-1])
-    arguments = call(device, (16, 16, 8, 8))
-    kernels.forward(**arguments)
-    assert len(launches) == 2
-    assert sum(t.numel() for t in sizes) < arguments["x"].numel() / 4
-
-
 # -- numbers
 
 
@@ -488,10 +284,6 @@ def test_a_first_item_unlike_the_others_costs_few_digits(tiny_tiles, device, cha
     kernels.forward(**arguments)
     truth = arguments["x"].double().var((0, 2))
     assert torch.allclose(arguments["running_var"].double(), truth, rtol=1e-4)
-
-
-def layout_like(like, values):
-    return torch.empty_like(like).copy_(values)
 
 
 # -- where it does not run
