@@ -25,9 +25,10 @@ MAX_NARROW = 16  # elements a thread, where accesses are narrower: each has an a
 STAGES = 3
 PROGRAMS_PER_MULTIPROCESSOR = 3  # as many as are resident at once: a second wave would leave most idle
 # Three programs leave each other 168 registers a thread. Without a bound the compiler aims at more programs and spills.
-# Narrow accesses, and the derivatives of smooth activations, need more: two programs then.
+# Narrow accesses, packing bits, and the derivatives of smooth activations need more: two programs then.
 REGISTERS = 168
 REGISTERS_MANY = 255
+PROGRAMS_OF_MANY_REGISTERS = 2
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
 MIN_INNER = 8  # a byte of packed bits
@@ -62,6 +63,7 @@ class Launch:
     items: int  # of a channel tile
     items_per_split: int
     splits: int
+    programs: int  # a multiprocessor
     max_registers: int
     num_warps: int
 
@@ -86,7 +88,9 @@ def device_of(device: torch.device) -> Device:
 
 
 @functools.lru_cache(maxsize=4096)
-def launch_for(layout: Layout, itemsize: int, strides: tuple[int, ...], device: Device) -> Launch:
+def launch_for(
+    layout: Layout, itemsize: int, strides: tuple[int, ...], device: Device, many_registers: bool = False
+) -> Launch:
     """The settings for one pass over tensors of this layout.
 
     Args:
@@ -94,6 +98,7 @@ def launch_for(layout: Layout, itemsize: int, strides: tuple[int, ...], device: 
         itemsize: bytes of an element.
         strides: every stride, in elements, that a kernel multiplies a row or a channel with.
         device: where it runs.
+        many_registers: the kernel packs bits, or computes a smooth activation's derivative.
     """
     access = max(1, ACCESS_BYTES // itemsize)
     vector = _common_vector(access, (layout.inner, *strides))
@@ -107,7 +112,9 @@ def launch_for(layout: Layout, itemsize: int, strides: tuple[int, ...], device: 
         channel_tiles, chunks = layout.channels, -(-layout.inner // inner)
     outer = min(elements // inner, _power_of_2(layout.outer))
     items = -(-layout.outer // outer) * chunks
-    items_per_split, splits = _split(items, channel_tiles, device)
+    many_registers |= vector < access
+    programs = PROGRAMS_OF_MANY_REGISTERS if many_registers else PROGRAMS_PER_MULTIPROCESSOR
+    items_per_split, splits = _split(items, channel_tiles, device.multiprocessors * programs)
     group_rows = layout.channels_last or vector < access
     return Launch(
         channels_last=layout.channels_last,
@@ -121,7 +128,8 @@ def launch_for(layout: Layout, itemsize: int, strides: tuple[int, ...], device: 
         items=items,
         items_per_split=items_per_split,
         splits=splits,
-        max_registers=REGISTERS if vector == access else REGISTERS_MANY,
+        programs=programs,
+        max_registers=REGISTERS_MANY if many_registers else REGISTERS,
         num_warps=NUM_WARPS,
     )
 
@@ -140,18 +148,18 @@ def slab_of(launch: Launch, layout: Layout, itemsize: int, device: Device) -> in
 
 def slab_launch(launch: Launch, slab: int, device: Device) -> Launch:
     """The same with as many splits as let ``slab`` channel tiles occupy the whole GPU."""
-    items_per_split, splits = _split(launch.items, slab, device)
+    items_per_split, splits = _split(launch.items, slab, device.multiprocessors * launch.programs)
     return dataclasses.replace(launch, items_per_split=items_per_split, splits=splits)
 
 
 def slab_programs(launch: Launch, slab: int, device: Device) -> int:
     """Programs that work through the slabs: as many as fit the GPU, or fewer if there is less to do."""
-    return min(device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR, slab * launch.splits)
+    return min(device.multiprocessors * launch.programs, slab * launch.splits)
 
 
-def _split(items: int, tiles_at_once: int, device: Device) -> tuple[int, int]:
+def _split(items: int, tiles_at_once: int, programs: int) -> tuple[int, int]:
     """Items of a split, and splits of a channel tile, for one full wave of programs."""
-    wanted = -(-device.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // tiles_at_once)
+    wanted = -(-programs // tiles_at_once)
     items_per_split = -(-items // max(1, min(wanted, items)))
     return items_per_split, -(-items // items_per_split)
 

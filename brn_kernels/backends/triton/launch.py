@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 from types import ModuleType
@@ -71,11 +70,12 @@ def forward(
     y = torch.empty_like(x)
     target = _writable(y, shape)
     device = config.device_of(x.device)
-    launch = config.launch_for(shape, x.element_size(), source.strides + extra.strides + target.strides, device)
+    all_strides = source.strides + extra.strides + target.strides
+    kept = reference.keeps_bits(residual, activation)
+    launch = config.launch_for(shape, x.element_size(), all_strides, device, many_registers=kept)
 
     acc = reference.statistics_dtype(x)
     saved = torch.empty(4, shape.channels, dtype=acc, device=x.device)
-    kept = reference.keeps_bits(residual, activation)
     bits = torch.empty(layout.bits_shape(x), dtype=torch.uint8, device=x.device) if kept else reference.empty_bits(x)
     workspace = _workspace(launch, kernels_forward, acc, x.device)
     r_max, d_max, hold, r_ramp, d_ramp = schedule
@@ -83,7 +83,7 @@ def forward(
     dense_mean, dense_var, dense_clipped = _dense(running_mean), _dense(running_var), _dense(clipped)
     bits_or_none = bits if kept else None
     geometry = _geometry(launch, shape)
-    strides = _in_vectors(launch.vector, source.strides + extra.strides + target.strides)
+    strides = _in_vectors(launch.vector, all_strides)
     tile = _tile(launch, acc, activation)
     with _on_device(x):
         kernels_forward.stream_kernel[launch.grid](
@@ -132,12 +132,11 @@ def backward(
     to_residual = _writable(dresidual if needs_dresidual else None, shape)
     all_strides = upstream.strides + source.strides + to_x.strides + to_residual.strides
     device = config.device_of(x.device)
-    launch = config.launch_for(shape, x.element_size(), all_strides, device)
+    smooth = activation in ("silu", "hardswish")
+    launch = config.launch_for(shape, x.element_size(), all_strides, device, many_registers=smooth)
     slab = config.slab_of(launch, shape, x.element_size(), device) if needs_dx or needs_dresidual else 0
     if slab:
         launch = config.slab_launch(launch, slab, device)
-    if activation in ("silu", "hardswish"):
-        launch = dataclasses.replace(launch, max_registers=config.REGISTERS_MANY)
 
     acc = saved.dtype
     weight, bias, saved, bits = _dense(weight), _dense(bias), saved.contiguous(), bits.contiguous()
