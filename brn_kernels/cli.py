@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="brn", description="Batch Renormalization for PyTorch.")
     parser.add_argument("--version", action="version", version=f"brn_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
-    for add in (_add_info, _add_demo):
+    for add in (_add_info, _add_build, _add_demo):
         add(commands)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -39,6 +39,24 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser("info", help="versions, devices, backends and why one cannot run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_info)
+
+
+def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "build",
+        help="compile the native backend: C++ for CPUs, CUDA for GPUs",
+        description="Compile the native backend, unless it is there already. Needs a C++ compiler and ninja; the CUDA "
+        "library needs nvcc too.",
+    )
+    parser.add_argument(
+        "--cuda",
+        action=argparse.BooleanOptionalAction,
+        help="compile for GPUs too (default: if torch is a CUDA build and there is an nvcc)",
+    )
+    parser.add_argument("--arch", nargs="+", metavar="NUMBER", help="GPU architectures, for example: --arch 80 90")
+    parser.add_argument("--in-place", action="store_true", help="into the package's own folder, not into the cache")
+    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan (CPU only)")
+    parser.set_defaults(run=_build)
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -111,6 +129,29 @@ def _describe(device_type: str, index: int) -> str:
         f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} "
         f"multiprocessors, compute capability {properties.major}.{properties.minor}"
     )
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from .build import BuildError, build, packaged_directory
+
+    try:
+        built = build(
+            cuda=arguments.cuda,
+            architectures=arguments.arch,
+            sanitize=arguments.sanitize,
+            directory=packaged_directory() if arguments.in_place else None,
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except BuildError as error:
+        print(f"brn build: {error}", file=sys.stderr)
+        return 1
+    for library, path in (("cpu", built.cpu), ("cuda", built.cuda)):
+        what = "compiled" if library in built.compiled else "there already"
+        gpus = f" for sm_{', sm_'.join(built.architectures)}" if library == "cuda" else ""
+        print(f"{library:<4} {f'{what}{gpus}: {path}' if path else 'not asked for'}")
+    if built.compiled:
+        print(f"in {built.seconds:.0f} s")
+    return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

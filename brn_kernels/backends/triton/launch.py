@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import layout, reference
+from .. import layout, reference, sides
 from ..layout import Layout
+from ..sides import copy_back, dense, readable, writable
 from . import config, kernels_backward, kernels_forward
 from .config import Launch
 from .kernels_common import ACTIVATION_CODES, tl
@@ -20,20 +20,7 @@ from .tickets import tickets
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-
 MAX_COLUMNS = 2**29  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64)
-
-
-class _Side(NamedTuple):
-    """A tensor as the kernels see it: its memory fits the layout of the pass, with these (outer, channel) strides."""
-
-    tensor: Tensor | None
-    strides: tuple[int, int]
-
-    def copy_to(self, wanted: Tensor) -> None:
-        """Bring the values to the tensor they were wanted in, if they are not written there already."""
-        if self.tensor is not None and self.tensor is not wanted:
-            wanted.copy_(self.tensor)
 
 
 def is_fused(x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> bool:
@@ -65,10 +52,10 @@ def forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
             momentum, eps, activation,
         )  # fmt: skip
-    shape = _layout(x.shape, x.stride())
-    source, extra = _readable(x, shape), _readable(residual, shape)
+    shape = sides.layout_of(x)
+    source, extra = readable(x, shape), readable(residual, shape)
     y = torch.empty_like(x)
-    target = _writable(y, shape)
+    target = writable(y, shape)
     device = config.device_of(x.device)
     all_strides = source.strides + extra.strides + target.strides
     kept = reference.keeps_bits(residual, activation)
@@ -79,8 +66,8 @@ def forward(
     bits = torch.empty(layout.bits_shape(x), dtype=torch.uint8, device=x.device) if kept else reference.empty_bits(x)
     workspace = _workspace(launch, kernels_forward, acc, x.device)
     r_max, d_max, hold, r_ramp, d_ramp = schedule
-    weight, bias, limits = _dense(weight), _dense(bias), _dense(limits)
-    dense_mean, dense_var, dense_clipped = _dense(running_mean), _dense(running_var), _dense(clipped)
+    weight, bias, limits = dense(weight), dense(bias), dense(limits)
+    dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
     bits_or_none = bits if kept else None
     geometry = _geometry(launch, shape)
     strides = _in_vectors(launch.vector, all_strides)
@@ -99,9 +86,7 @@ def forward(
             *geometry, *strides, **tile,
         )  # fmt: skip
     target.copy_to(y)
-    for dense, updated in ((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)):
-        if dense is not None and updated is not None and dense is not updated:
-            updated.copy_(dense)
+    copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
     return y, saved, bits
 
 
@@ -124,12 +109,12 @@ def backward(
         return reference.backward(
             dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual
         )
-    shape = _layout(x.shape, x.stride())
-    upstream, source = _readable(dy, shape), _readable(x, shape)
+    shape = sides.layout_of(x)
+    upstream, source = readable(dy, shape), readable(x, shape)
     dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
     dresidual = torch.empty_like(x) if needs_dresidual else x.new_empty(0)
-    to_x = _writable(dx if needs_dx else None, shape)
-    to_residual = _writable(dresidual if needs_dresidual else None, shape)
+    to_x = writable(dx if needs_dx else None, shape)
+    to_residual = writable(dresidual if needs_dresidual else None, shape)
     all_strides = upstream.strides + source.strides + to_x.strides + to_residual.strides
     device = config.device_of(x.device)
     smooth = activation in ("silu", "hardswish")
@@ -139,7 +124,7 @@ def backward(
         launch = config.slab_launch(launch, slab, device)
 
     acc = saved.dtype
-    weight, bias, saved, bits = _dense(weight), _dense(bias), saved.contiguous(), bits.contiguous()
+    weight, bias, saved, bits = dense(weight), dense(bias), saved.contiguous(), bits.contiguous()
     dweight = torch.empty(shape.channels, dtype=acc, device=x.device)
     dbias = torch.empty(shape.channels, dtype=acc, device=x.device)
     workspace = _workspace(launch, kernels_backward, acc, x.device)
@@ -165,42 +150,6 @@ def backward(
     to_x.copy_to(dx)
     to_residual.copy_to(dresidual)
     return dx, dweight, dbias, dresidual
-
-
-def _readable(tensor: Tensor | None, shape: Layout) -> _Side:
-    """The tensor, or a dense copy of it in the layout of the pass if its memory does not fit that."""
-    side = _writable(tensor, shape)
-    if tensor is not None and side.tensor is not None and side.tensor is not tensor:
-        side.tensor.copy_(tensor)
-    return side
-
-
-def _writable(tensor: Tensor | None, shape: Layout) -> _Side:
-    """The tensor, or a dense one to be copied from if its memory does not fit the layout of the pass."""
-    if tensor is None:
-        return _Side(None, (0, 0))
-    strides = _strides(tensor.shape, tensor.stride(), shape)
-    return _Side(layout.empty_in(shape, tensor), _dense_strides(shape)) if strides is None else _Side(tensor, strides)
-
-
-# What follows from shapes and strides alone is found once: training repeats them, and small layers are host-bound.
-
-
-@functools.lru_cache(maxsize=4096)
-def _layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout:
-    return layout.layout_of(torch.empty_strided(shape, strides, device="meta"))
-
-
-@functools.lru_cache(maxsize=4096)
-def _strides(shape: torch.Size, strides: tuple[int, ...], seen_as: Layout) -> tuple[int, int] | None:
-    """(outer, channel) strides, the latter 0 in channels_last, where channels are a tile's columns."""
-    found = layout.strides_in(torch.empty_strided(shape, strides, device="meta"), seen_as)
-    return (found[0], 0) if found is not None and seen_as.channels_last else found
-
-
-def _dense_strides(shape: Layout) -> tuple[int, int]:
-    outer, channel = layout.dense_strides(shape)
-    return outer, 0 if shape.channels_last else channel
 
 
 def _workspace(launch: Launch, kernels: ModuleType, acc: torch.dtype, device: torch.device) -> Tensor:
@@ -232,11 +181,6 @@ def _sums(launch: Launch) -> dict[str, Any]:
 
 def _in_vectors(vector: int, strides: tuple[int, ...]) -> list[int]:
     return [stride // vector for stride in strides]
-
-
-def _dense(values: Tensor | None) -> Tensor | None:
-    """Values per channel as the kernels read them: one after the other."""
-    return None if values is None else values.contiguous()
 
 
 def _as_bytes(flags: Tensor | None) -> Tensor | None:

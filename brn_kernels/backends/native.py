@@ -1,0 +1,130 @@
+"""The C++ and CUDA kernels of csrc/, where they have been built: on CPUs, and on GPUs without Triton."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from .. import build
+from . import layout, reference, sides
+from .sides import copy_back, dense, readable, writable
+
+ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "hardswish": 4}  # csrc/arguments.h
+
+SANITIZE_VARIABLE = "BRN_KERNELS_SANITIZE"  # 1: load the library that `make sanitize` builds
+
+
+def unusable(device_type: str) -> str | None:
+    """Why the kernels cannot run on that type of device; None if they can."""
+    if device_type not in ("cpu", "cuda"):
+        return f"its kernels run on CPUs and NVIDIA GPUs, not on {device_type}"
+    if device_type == "cuda" and torch.version.hip is not None:
+        return "its kernels run on NVIDIA GPUs, not on AMD's"
+    return _load().get(device_type)
+
+
+@functools.cache
+def _load() -> dict[str, str | None]:
+    """Load what is built; for each type of device, why it has no kernels."""
+    built = build.find(sanitize=os.environ.get(SANITIZE_VARIABLE) == "1")
+    if isinstance(built, str):
+        return {"cpu": built, "cuda": built}
+    missing: dict[str, str | None] = {"cpu": None, "cuda": None}
+    try:
+        torch.ops.load_library(built.cpu)
+    except OSError as error:
+        reason = f"{built.cpu} cannot be loaded: {error}"
+        return {"cpu": reason, "cuda": reason}
+    if built.cuda is None:
+        missing["cuda"] = "built without CUDA: run `brn build --cuda`"
+    elif torch.version.cuda is None:
+        missing["cuda"] = "this PyTorch has no CUDA"
+    else:
+        try:
+            torch.ops.load_library(built.cuda)
+        except OSError as error:
+            missing["cuda"] = f"{built.cuda} cannot be loaded: {error}"
+    return missing
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    clipped: Tensor | None,
+    limits: Tensor | None,
+    schedule: list[float],
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference.forward``; a mask is left to it."""
+    if mask is not None or x.numel() == 0:
+        return reference.forward(
+            x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
+            momentum, eps, activation,
+        )  # fmt: skip
+    shape = sides.layout_of(x)
+    source, extra = readable(x, shape), readable(residual, shape)
+    y = torch.empty_like(x)
+    target = writable(y, shape)
+    saved = torch.empty(4, shape.channels, dtype=reference.statistics_dtype(x), device=x.device)
+    kept = reference.keeps_bits(residual, activation)
+    bits = torch.empty(layout.bits_shape(x), dtype=torch.uint8, device=x.device) if kept else reference.empty_bits(x)
+    dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
+    torch.ops.brn_kernels_native.forward(
+        source.tensor, extra.tensor, target.tensor, bits if kept else None, dense(weight), dense(bias), dense_mean,
+        dense_var, num_batches_tracked, dense_clipped, dense(limits), saved, shape,
+        source.strides + extra.strides + target.strides, schedule, momentum, eps, ACTIVATION_CODES[activation],
+    )  # fmt: skip
+    target.copy_to(y)
+    copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
+    return y, saved, bits
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    bits: Tensor,
+    activation: str | None,
+    needs_dx: bool,
+    needs_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``reference.backward``; a mask is left to it."""
+    if mask is not None or x.numel() == 0:
+        return reference.backward(
+            dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual
+        )
+    shape = sides.layout_of(x)
+    kept = bits.numel() > 0
+    if kept or activation is None:
+        residual = None
+    upstream, source, extra = readable(dy, shape), readable(x, shape), readable(residual, shape)
+    dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
+    dresidual = torch.empty_like(x) if needs_dresidual else x.new_empty(0)
+    to_x = writable(dx if needs_dx else None, shape)
+    to_residual = writable(dresidual if needs_dresidual else None, shape)
+    dweight = torch.empty(shape.channels, dtype=saved.dtype, device=x.device)
+    dbias = torch.empty(shape.channels, dtype=saved.dtype, device=x.device)
+    torch.ops.brn_kernels_native.backward(
+        upstream.tensor, source.tensor, extra.tensor, bits.contiguous() if kept else None, dense(weight), dense(bias),
+        saved.contiguous(), to_x.tensor, to_residual.tensor, dweight, dbias, shape,
+        upstream.strides + source.strides + extra.strides + to_x.strides + to_residual.strides,
+        ACTIVATION_CODES[activation],
+    )  # fmt: skip
+    to_x.copy_to(dx)
+    to_residual.copy_to(dresidual)
+    return dx, dweight, dbias, dresidual

@@ -1,0 +1,97 @@
+// Which instruction set's loops run, found out once, PyTorch's threads for them to run on, and the memory they write.
+#include <sys/mman.h>
+#include <torch/csrc/stable/ops.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../kernels.h"
+#include "parallel.h"
+
+namespace brn {
+
+// BRN_ONE_ISA: only the baseline was compiled, for the machine that compiled it.
+#if defined(__x86_64__) && !defined(BRN_ONE_ISA)
+#define BRN_X86_ISAS
+#endif
+
+#define BRN_DECLARE(isa)                                        \
+  void forward_##isa(const ForwardArguments&, const Parallel&); \
+  void backward_##isa(const BackwardArguments&, const Parallel&);
+BRN_DECLARE(baseline)
+#ifdef BRN_X86_ISAS
+BRN_DECLARE(avx2)
+BRN_DECLARE(avx512)
+BRN_DECLARE(avx512bf16)
+#endif
+
+namespace {
+
+// BRN_KERNELS_ISA names one that is no better than the machine's: for tests and comparisons.
+Loops choose() {
+  const Loops baseline = {"baseline", forward_baseline, backward_baseline};
+#ifdef BRN_X86_ISAS
+  const char* asked = std::getenv("BRN_KERNELS_ISA");
+  const auto allowed = [&](const char* name) { return asked == nullptr || std::strcmp(asked, name) == 0; };
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && allowed("avx512bf16")) {
+    return {"avx512bf16", forward_avx512bf16, backward_avx512bf16};
+  }
+  if (avx512 && allowed("avx512")) return {"avx512", forward_avx512, backward_avx512};
+  if (avx2 && allowed("avx2")) return {"avx2", forward_avx2, backward_avx2};
+#endif
+  return baseline;
+}
+
+const Loops& loops() {
+  static const Loops chosen = choose();
+  return chosen;
+}
+
+int64_t cache_bytes() {
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return found > 0 ? found : 512 * 1024;
+}
+
+void run_in_parallel(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, tasks, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+Parallel parallel() { return {static_cast<int>(torch::stable::get_num_threads()), cache_bytes(), run_in_parallel}; }
+
+// Asks for huge pages where a tensor that is about to be written covers them whole: of a fresh large tensor, the first
+// touch of its 4 KB pages costs several times what the arithmetic does. Memory in use does not grow by it.
+void advise_huge_pages([[maybe_unused]] const Layout& layout, [[maybe_unused]] DType dtype,
+                       [[maybe_unused]] const Side& side) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const int64_t itemsize = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  const int64_t channels = layout.channels_last ? 1 : layout.channels;
+  if (side.data == nullptr) return;
+  const int64_t last = (layout.outer - 1) * side.outer_stride + (channels - 1) * side.channel_stride + layout.inner;
+  if (last != layout.outer * channels * layout.inner) return;  // not dense: the gaps are not ours
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(side.data), end = begin + static_cast<uintptr_t>(last * itemsize);
+  const uintptr_t first_page = (begin + kHugePage - 1) / kHugePage * kHugePage, end_page = end / kHugePage * kHugePage;
+  if (first_page < end_page) madvise(reinterpret_cast<void*>(first_page), end_page - first_page, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+void forward(const ForwardArguments& arguments) {
+  advise_huge_pages(arguments.layout, arguments.dtype, arguments.y);
+  loops().forward(arguments, parallel());
+}
+
+void backward(const BackwardArguments& arguments) {
+  advise_huge_pages(arguments.layout, arguments.dtype, arguments.dx);
+  advise_huge_pages(arguments.layout, arguments.dtype, arguments.dresidual);
+  loops().backward(arguments, parallel());
+}
+
+const char* instruction_set() { return loops().name; }
+
+}  // namespace brn

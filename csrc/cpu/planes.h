@@ -1,0 +1,216 @@
+// The contiguous layout: a unit is a channel, an item a piece of one of its planes, and coefficients are one value.
+#pragma once
+
+#include "elementwise.h"
+#include "plan.h"
+
+namespace brn {
+namespace {
+
+constexpr int64_t kPieceElements = 16384;  // of a plane; a multiple of every group
+constexpr int64_t kAhead = 1024;           // elements between what is read and what is prefetched
+constexpr int64_t kSplitElements = 1 << 18;
+
+// Where item `i` of a channel lies.
+struct Pieces {
+  Layout layout;
+  int64_t in_plane;  // pieces of a plane
+
+  explicit Pieces(const Layout& of) : layout(of), in_plane(ceil_div(of.inner, kPieceElements)) {}
+
+  int64_t items() const { return layout.outer * in_plane; }
+  int64_t length(int64_t i) const { return least(kPieceElements, layout.inner - i % in_plane * kPieceElements); }
+  int64_t elements(int64_t first, int64_t end) const {
+    int64_t sum = 0;
+    for (int64_t i = first; i < end; ++i) sum += length(i);
+    return sum;
+  }
+  template <typename S>
+  S* at(const Side& side, int64_t channel, int64_t i) const {
+    if (side.data == nullptr) return nullptr;
+    return static_cast<S*>(side.data) + i / in_plane * side.outer_stride + channel * side.channel_stride +
+           i % in_plane * kPieceElements;
+  }
+  template <typename Byte>
+  Byte* bits_at(Byte* bits, int64_t channel, int64_t i) const {
+    if (bits == nullptr) return nullptr;
+    const int64_t row = i / in_plane * layout.channels + channel;
+    return bits + row * ((layout.inner + 7) / 8) + i % in_plane * (kPieceElements / 8);
+  }
+  Plan plan(int tensors, int64_t itemsize, const Parallel& parallel) const {
+    const bool fits_cache = layout.outer * layout.inner * tensors * itemsize <= parallel.cache_bytes;
+    const int64_t piece = least(layout.inner, kPieceElements);
+    return plan_of(layout.channels, 1, items(), piece, most(1, kSplitElements / piece), fits_cache, parallel);
+  }
+};
+
+template <typename S, Activation ACTIVATION>
+class ForwardPlanes {
+  using A = Accumulate<S>;
+
+ public:
+  ForwardPlanes(const ForwardArguments& arguments, const Parallel& parallel)
+      : a_(arguments),
+        pieces_(arguments.layout),
+        limits_(limits_at<A>(arguments.schedule, arguments.counter)),
+        plan_(pieces_.plan(2, sizeof(S), parallel)),
+        partials_(plan_.units * plan_.splits),
+        coefficients_(plan_.units),
+        written_(plan_.units) {
+    for (int64_t channel = 0; channel < plan_.units; ++channel) {
+      written_[channel] = predicted_unclipped(a_, channel, limits_);
+    }
+  }
+
+  const Plan& plan() const { return plan_; }
+  bool needs_second(int64_t channel) const { return !written_[channel]; }
+
+  void first(int64_t channel, int64_t split) {
+    const int64_t first = split * plan_.per_split, end = least(first + plan_.per_split, plan_.items);
+    const A origin = mean_of_start(pieces_.template at<const S>(a_.x, channel, first), pieces_.length(first));
+    Sums<A> sums = no_sums<A>();
+    if (written_[channel]) {
+      const Coefficients<A> c = predicted_coefficients<A>(a_, channel);
+      for (int64_t i = first; i < end; ++i) row<true, true>(channel, i, origin, c, sums);
+    } else {
+      for (int64_t i = first; i < end; ++i) row<true, false>(channel, i, origin, {}, sums);
+    }
+    const double count = static_cast<double>(pieces_.elements(first, end));
+    partials_[channel * plan_.splits + split] = moments_of(count, origin, total(sums.s1), total(sums.s2));
+  }
+
+  void finish(int64_t begin, int64_t end) {
+    for (int64_t channel = begin; channel < end; ++channel) {
+      const Moments* partials = partials_ + channel * plan_.splits;
+      Moments moments = partials[0];
+      for (int64_t split = 1; split < plan_.splits; ++split) moments = merged(moments, partials[split]);
+      const Correction<A> correction = finish_channel(a_, channel, moments, limits_);
+      coefficients_[channel] = correction.coefficients;
+      written_[channel] = written_[channel] && !correction.applies;
+    }
+  }
+
+  void second(int64_t channel, int64_t split) {
+    const int64_t first = split * plan_.per_split, end = least(first + plan_.per_split, plan_.items);
+    Sums<A> unused;
+    for (int64_t i = end - 1; i >= first; --i) row<false, true>(channel, i, 0, coefficients_[channel], unused);
+  }
+
+ private:
+  A mean_of_start(const S* x, int64_t length) const {
+    const int64_t count = least(length, 1024);
+    Group<A> sum = everywhere<A>(0);
+    for_each_group<A>(count, [&](auto size, int64_t i, int64_t n) BRN_LAMBDA { sum = sum + load(size, x + i, n); });
+    return static_cast<A>(total(sum) / static_cast<double>(count));
+  }
+
+  template <bool GATHER, bool WRITE>
+  void row(int64_t channel, int64_t i, A origin, const Coefficients<A>& c, Sums<A>& sums) const {
+    const S* x = pieces_.template at<const S>(a_.x, channel, i);
+    const S* residual = pieces_.template at<const S>(a_.residual, channel, i);
+    S* y = pieces_.template at<S>(a_.y, channel, i);
+    uint8_t* bits = pieces_.bits_at(a_.bits, channel, i);
+    const Group<A> origins = everywhere(origin);
+    const GroupCoefficients<A> all = {everywhere(c.pivot), everywhere(c.scale), everywhere(c.shift)};
+    Sums<A> local = no_sums<A>();
+    for_each_group<A>(pieces_.length(i), [&](auto size, int64_t at, int64_t n) BRN_LAMBDA {
+      prefetch(x + at + kAhead);
+      const Group<A> values = load(size, x + at, n);
+      if constexpr (GATHER) gather(size, local, values, origins, n);
+      if constexpr (WRITE) {
+        write<ACTIVATION>(size, values, all, offset(residual, at), y + at, offset(bits, at / 8), n);
+      }
+    });
+    if constexpr (GATHER) add(sums, local);
+  }
+
+  const ForwardArguments& a_;
+  const Pieces pieces_;
+  const Limits<A> limits_;
+  const Plan plan_;
+  Scratch<Moments> partials_;
+  Scratch<Coefficients<A>> coefficients_;
+  Scratch<bool> written_;
+};
+
+template <typename S, Activation ACTIVATION>
+class BackwardPlanes {
+  using A = Accumulate<S>;
+
+ public:
+  BackwardPlanes(const BackwardArguments& arguments, const Parallel& parallel)
+      : a_(arguments),
+        pieces_(arguments.layout),
+        plan_(pieces_.plan(3, sizeof(S), parallel)),
+        partials_(2 * plan_.units * plan_.splits),
+        coefficients_(plan_.units) {}
+
+  const Plan& plan() const { return plan_; }
+  bool needs_second(int64_t) const { return a_.dx.data != nullptr || a_.dresidual.data != nullptr; }
+
+  void first(int64_t channel, int64_t split) {
+    const int64_t first = split * plan_.per_split, end = least(first + plan_.per_split, plan_.items);
+    const BackwardCoefficients<A> c = backward_coefficients<A>(a_, channel);
+    Sums<A> sums = no_sums<A>();
+    for (int64_t i = first; i < end; ++i) row<false>(channel, i, c, sums);
+    double* partial = partials_ + 2 * (channel * plan_.splits + split);
+    partial[0] = total(sums.s1);
+    partial[1] = total(sums.s2);
+  }
+
+  void finish(int64_t begin, int64_t end) {
+    const double count = static_cast<double>(a_.layout.outer * a_.layout.inner);
+    for (int64_t channel = begin; channel < end; ++channel) {
+      double s1 = 0, s2 = 0;
+      for (int64_t split = 0; split < plan_.splits; ++split) {
+        s1 += partials_[2 * (channel * plan_.splits + split)];
+        s2 += partials_[2 * (channel * plan_.splits + split) + 1];
+      }
+      coefficients_[channel] = finish_backward_channel<A>(a_, channel, count, s1, s2);
+    }
+  }
+
+  void second(int64_t channel, int64_t split) {
+    const int64_t first = split * plan_.per_split, end = least(first + plan_.per_split, plan_.items);
+    Sums<A> unused;
+    for (int64_t i = end - 1; i >= first; --i) row<true>(channel, i, coefficients_[channel], unused);
+  }
+
+ private:
+  template <bool APPLY>
+  void row(int64_t channel, int64_t i, const BackwardCoefficients<A>& c, Sums<A>& sums) const {
+    const S* dy = pieces_.template at<const S>(a_.dy, channel, i);
+    const S* x = pieces_.template at<const S>(a_.x, channel, i);
+    const S* residual = pieces_.template at<const S>(a_.residual, channel, i);
+    S* dx = pieces_.template at<S>(a_.dx, channel, i);
+    S* dresidual = pieces_.template at<S>(a_.dresidual, channel, i);
+    const uint8_t* bits = pieces_.bits_at(a_.bits, channel, i);
+    const Group<A> mean = everywhere(c.mean), z_scale = everywhere(c.z_scale), z_shift = everywhere(c.z_shift);
+    const Group<A> of_g = everywhere(c.dx_of_g), of_x = everywhere(c.dx_of_x), shift = everywhere(c.dx_shift);
+    Sums<A> local = no_sums<A>();
+    for_each_group<A>(pieces_.length(i), [&](auto size, int64_t at, int64_t n) BRN_LAMBDA {
+      prefetch(dy + at + kAhead);
+      prefetch(x + at + kAhead);
+      const Upstream<A> up = upstream<ACTIVATION>(size, dy + at, x + at, offset(residual, at), offset(bits, at / 8),
+                                                  mean, z_scale, z_shift, n);
+      if constexpr (APPLY) {
+        if (dx != nullptr) store(size, dx + at, up.g * of_g + (up.centered * of_x + shift), n);
+        if (dresidual != nullptr) store(size, dresidual + at, up.g, n);
+      } else {  // lanes beyond n: dy is 0 there, and so is g, unless it is NaN times 0
+        const Group<A> g = zero_beyond(size, up.g, n);
+        local.s1 = local.s1 + g;
+        local.s2 = local.s2 + zero_beyond(size, up.g * up.centered, n);
+      }
+    });
+    if constexpr (!APPLY) add(sums, local);
+  }
+
+  const BackwardArguments& a_;
+  const Pieces pieces_;
+  const Plan plan_;
+  Scratch<double> partials_;
+  Scratch<BackwardCoefficients<A>> coefficients_;
+};
+
+}  // namespace
+}  // namespace brn

@@ -1,0 +1,103 @@
+// Elements in memory, and 16-byte or one-element accesses to them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../math.h"
+#include "plan.h"
+
+namespace brn {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+namespace {
+
+// The type of the arithmetic on elements E.
+template <typename E>
+struct ArithmeticOf {
+  using type = float;
+};
+
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+
+template <typename E>
+using Arithmetic = typename ArithmeticOf<E>::type;
+
+BRN_INLINE float value_of(float element) { return element; }
+BRN_INLINE double value_of(double element) { return element; }
+BRN_INLINE float value_of(BFloat16 element) { return bfloat16_to_float(element.bits); }
+
+BRN_INLINE float value_of(Float16 element) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(element.bits));
+#else
+  return float16_to_float(element.bits);
+#endif
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+BRN_INLINE void round_to(float& element, float value) { element = value; }
+BRN_INLINE void round_to(double& element, double value) { element = value; }
+
+BRN_INLINE void round_to(BFloat16& element, float value) {
+#ifdef __CUDA_ARCH__
+  element.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
+  element.bits = float_to_bfloat16(value);
+#endif
+}
+
+BRN_INLINE void round_to(Float16& element, float value) {
+#ifdef __CUDA_ARCH__
+  element.bits = __half_as_ushort(__float2half_rn(value));
+#else
+  element.bits = float_to_float16(value);
+#endif
+}
+
+// Neighbours in a row, read and written by one access: VEC is 16 / sizeof(E) or 1.
+template <typename E, int VEC>
+struct alignas(sizeof(E) * VEC) Vector {
+  E elements[VEC];
+};
+
+template <typename E, int VEC>
+__device__ __forceinline__ Vector<E, VEC> load(const void* data, int64_t offset) {
+  return *reinterpret_cast<const Vector<E, VEC>*>(static_cast<const E*>(data) + offset);
+}
+
+template <typename E, int VEC>
+__device__ __forceinline__ void store(void* data, int64_t offset, const Vector<E, VEC>& values) {
+  E* const target = static_cast<E*>(data) + offset;
+  if constexpr (sizeof(values) == kAccessBytes) {
+    uint4 whole;
+    memcpy(&whole, &values, sizeof whole);
+    // Streaming: written lines leave the L2 cache before those that the second pass reads again. (And one access: an
+    // assignment the compiler takes apart here and there.)
+    __stcs(reinterpret_cast<uint4*>(target), whole);
+  } else {
+    *reinterpret_cast<Vector<E, VEC>*>(target) = values;
+  }
+}
+
+// Whether VEC-element accesses to a tensor are aligned, and whole vectors make up its rows.
+inline bool is_aligned(const Side& side, const Layout& layout, int64_t vector, int64_t bytes) {
+  if (side.data == nullptr) return true;
+  return reinterpret_cast<uintptr_t>(side.data) % bytes == 0 && layout.inner % vector == 0 &&
+         (layout.outer == 1 || side.outer_stride % vector == 0) &&
+         (layout.channels_last || layout.channels == 1 || side.channel_stride % vector == 0);
+}
+
+}  // namespace
+}  // namespace brn

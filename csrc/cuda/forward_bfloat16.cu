@@ -1,0 +1,7 @@
+#include "forward.cuh"
+
+namespace brn {
+
+template cudaError_t launch_forward<BFloat16>(const ForwardArguments&, const Plan&, void*, cudaStream_t);
+
+}  // namespace brn

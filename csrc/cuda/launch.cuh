@@ -1,0 +1,71 @@
+// From runtime arguments to template arguments, and onto a stream.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <type_traits>
+
+#include "../arguments.h"
+#include "plan.h"
+
+namespace brn {
+
+// The kernels of one element type: one .cu file each, so that they compile side by side.
+template <typename E>
+cudaError_t launch_forward(const ForwardArguments& arguments, const Plan& plan, void* workspace, cudaStream_t stream);
+
+template <typename E>
+cudaError_t launch_backward(const BackwardArguments& arguments, const Plan& plan, void* workspace, cudaStream_t stream);
+
+// finish.cu: from the partial results of all splits to the coefficients of each channel, T float or double.
+template <typename T>
+cudaError_t launch_forward_finish(const ForwardArguments& arguments, const Plan& plan, void* workspace,
+                                  cudaStream_t stream);
+
+template <typename T>
+cudaError_t launch_backward_finish(const BackwardArguments& arguments, const Plan& plan, void* workspace,
+                                   cudaStream_t stream);
+
+namespace {
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <typename F>
+cudaError_t with_activation(Activation activation, F f) {
+  switch (activation) {
+    case Activation::relu:
+      return f(std::integral_constant<Activation, Activation::relu>());
+    case Activation::leaky_relu:
+      return f(std::integral_constant<Activation, Activation::leaky_relu>());
+    case Activation::silu:
+      return f(std::integral_constant<Activation, Activation::silu>());
+    case Activation::hardswish:
+      return f(std::integral_constant<Activation, Activation::hardswish>());
+    default:
+      return f(std::integral_constant<Activation, Activation::none>());
+  }
+}
+
+// f(elements in an access, channels_last, activation), as constants.
+template <int WIDEST, typename F>
+cudaError_t with_constants(bool wide, bool channels_last, Activation activation, F f) {
+  return with_activation(activation, [&](auto constant) {
+    using Wide = std::integral_constant<int, WIDEST>;
+    using Narrow = std::integral_constant<int, 1>;
+    if (wide) return channels_last ? f(Wide(), std::true_type(), constant) : f(Wide(), std::false_type(), constant);
+    return channels_last ? f(Narrow(), std::true_type(), constant) : f(Narrow(), std::false_type(), constant);
+  });
+}
+
+}  // namespace
+}  // namespace brn

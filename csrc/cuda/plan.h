@@ -1,0 +1,104 @@
+// How a call is cut into blocks, and where in the workspace blocks leave what others read.
+//
+// The units of a channel tile are divided among `splits` blocks. channels_last: a tile is `tile_channels` neighbouring
+// channels, a unit is a row. Contiguous: a tile is one channel, a unit is eight neighbours in a row (a byte of packed
+// bits), the last of a row perhaps fewer. Nothing here depends on how wide the accesses are.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../arguments.h"
+
+namespace brn {
+
+constexpr int kThreads = 128;
+constexpr int kAccessBytes = 16;
+constexpr int kMaxTileChannels = 64;  // rows of 128 bytes in half precision: whole cache lines
+constexpr int kGroup = 8;             // neighbours that share a byte of packed bits
+constexpr int kAlignment = 64;        // of the parts of the workspace
+
+// Blocks that a multiprocessor holds at once: three leave each other 168 registers a thread, what 16-byte accesses to
+// half precision need; narrow accesses need fewer. Twelve in all is a whole number of waves of three, four or six.
+constexpr int kResidentWide = 3;
+constexpr int kResidentNarrow = 4;
+constexpr int kBlocksPerMultiprocessor = 12;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int itemsize(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// Loads that a thread issues before it waits for the first: of wide accesses, of one element each.
+constexpr int kWideLoads = 4;
+constexpr int kNarrowLoads = 8;
+
+struct Plan {
+  int tile_channels;
+  int64_t channel_tiles, units, units_per_row, units_per_split, splits;
+  // Of the workspace below.
+  int64_t padded_channels, coefficients_offset, flags_offset, bytes;
+};
+
+// Channels that share a block: as many as there are, but rather half or a quarter of that than many idle lanes.
+inline int tile_channels_for(int64_t channels) {
+  int tile = 1;
+  while (tile < channels && tile < kMaxTileChannels) tile *= 2;
+  if (tile < kMaxTileChannels) return tile;
+  int best = tile;
+  for (int narrower = tile / 2; narrower >= kMaxTileChannels / 4; narrower /= 2) {
+    if (ceil_div(channels, narrower) * narrower * 8 < ceil_div(channels, best) * best * 7) best = narrower;
+  }
+  return best;
+}
+
+inline Plan plan_for(const Layout& layout, DType dtype, int multiprocessors) {
+  Plan plan;
+  int64_t elements_per_unit;
+  if (layout.channels_last) {
+    plan.tile_channels = tile_channels_for(layout.channels);
+    plan.channel_tiles = ceil_div(layout.channels, plan.tile_channels);
+    plan.units_per_row = 1;
+    plan.units = layout.outer;
+    elements_per_unit = plan.tile_channels;
+  } else {
+    plan.tile_channels = 1;
+    plan.channel_tiles = layout.channels;
+    plan.units_per_row = ceil_div(layout.inner, kGroup);
+    plan.units = layout.outer * plan.units_per_row;
+    elements_per_unit = kGroup;
+  }
+  // At least one round of loads for every thread of a block.
+  const int widest = kAccessBytes / itemsize(dtype), vector = layout.inner % widest == 0 ? widest : 1;
+  const int64_t loads = vector == 1 ? kNarrowLoads : kWideLoads;
+  const int64_t least_units = ceil_div(kThreads * loads * vector, elements_per_unit);
+  const int64_t wanted = ceil_div(int64_t{multiprocessors} * kBlocksPerMultiprocessor, plan.channel_tiles);
+  const int64_t splits = std::min(wanted, ceil_div(plan.units, least_units));
+  plan.units_per_split = ceil_div(plan.units, splits);
+  plan.splits = ceil_div(plan.units, plan.units_per_split);
+
+  const int64_t coefficient_bytes = dtype == DType::float64 ? 8 : 4;
+  plan.padded_channels = ceil_div(layout.channels, kGroup) * kGroup;
+  plan.coefficients_offset = ceil_div(2 * plan.splits * layout.channels * 8, kAlignment) * kAlignment;
+  plan.flags_offset = plan.coefficients_offset + 6 * plan.padded_channels * coefficient_bytes;
+  plan.bytes = plan.flags_offset + plan.padded_channels;
+  return plan;
+}
+
+// What blocks leave for others.
+template <typename T>
+struct Workspace {
+  double *first, *second;  // (splits, channels): mean and sum of squares about it, or the backward's two sums
+  T* coefficients;         // (up to 6, padded_channels): a struct's members in their order
+  uint8_t* flags;          // (padded_channels): whether y of the channel is to be repaired
+  int64_t padded_channels;
+};
+
+template <typename T>
+Workspace<T> workspace_at(void* memory, const Plan& plan, const Layout& layout) {
+  char* bytes = static_cast<char*>(memory);
+  double* partials = static_cast<double*>(memory);
+  return {partials, partials + plan.splits * layout.channels, reinterpret_cast<T*>(bytes + plan.coefficients_offset),
+          reinterpret_cast<uint8_t*>(bytes + plan.flags_offset), plan.padded_channels};
+}
+
+}  // namespace brn

@@ -1,0 +1,184 @@
+// The operators torch.ops.brn_kernels_native.forward and .backward, on PyTorch's stable ABI: from tensors to plain
+// arguments. Compiled once for each device. native.py is their only caller: it allocates, and brings every tensor into
+// the layout of the call. What is checked here guards memory, not users.
+#include "kernels.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#ifdef BRN_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+brn::DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return brn::DType::float32;
+    case ScalarType::Double:
+      return brn::DType::float64;
+    case ScalarType::BFloat16:
+      return brn::DType::bfloat16;
+    case ScalarType::Half:
+      return brn::DType::float16;
+    default:
+      STD_TORCH_CHECK(false, "a floating dtype is needed");
+  }
+}
+
+brn::Layout layout_of(const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(sizes.size() == 4, "layout: channels_last, outer, channels, inner");
+  return {sizes[0] != 0, sizes[1], sizes[2], sizes[3]};
+}
+
+// Strides 2 * i and 2 * i + 1 are those of activation tensor i.
+brn::Side side(const MaybeTensor& tensor, const Tensor& x, const std::vector<int64_t>& strides, size_t i) {
+  if (!tensor.has_value()) return {nullptr, 0, 0};
+  STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type() && tensor->numel() == x.numel(), "unlike x");
+  return {tensor->data_ptr(), strides.at(2 * i), strides.at(2 * i + 1)};
+}
+
+brn::PerChannel per_channel(const MaybeTensor& values, int64_t channels) {
+  if (!values.has_value()) return {nullptr, brn::DType::float32};
+  STD_TORCH_CHECK(values->numel() == channels && values->is_contiguous(), "one value for each channel");
+  return {values->data_ptr(), dtype_of(*values)};
+}
+
+template <typename T>
+T* data_or_null(const MaybeTensor& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+void check_saved(const Tensor& saved, const Tensor& x, const brn::Layout& layout) {
+  const ScalarType expected = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(saved.scalar_type() == expected && saved.is_contiguous() && saved.numel() == 4 * layout.channels,
+                  "saved: (4, channels) of the statistics' dtype");
+}
+
+#ifdef BRN_CUDA
+template <typename Arguments>
+void run(int (*launch)(const Arguments&, int, void*, void*), const Arguments& arguments, const Tensor& x) {
+  const int device = x.get_device_index();
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const int64_t bytes = brn::workspace_bytes(arguments.layout, arguments.dtype, device);
+  const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+  const int error = launch(arguments, device, stream, workspace.data_ptr());
+  STD_TORCH_CHECK(error == 0, brn::error_message(error));
+}
+#else
+template <typename Arguments>
+void run(void (*loops)(const Arguments&), const Arguments& arguments, const Tensor&) {
+  loops(arguments);
+}
+#endif
+
+void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTensor weight, MaybeTensor bias,
+             MaybeTensor running_mean, MaybeTensor running_var, MaybeTensor num_batches_tracked, MaybeTensor clipped,
+             MaybeTensor limits, Tensor saved, std::vector<int64_t> layout, std::vector<int64_t> strides,
+             std::vector<double> schedule, std::optional<double> momentum, double eps, int64_t activation) {
+  const brn::Layout shape = layout_of(layout);
+  check_saved(saved, x, shape);
+  STD_TORCH_CHECK(schedule.size() == 5, "schedule: r_max, d_max, hold, r_ramp, d_ramp");
+  STD_TORCH_CHECK(!num_batches_tracked.has_value() || num_batches_tracked->scalar_type() == ScalarType::Long,
+                  "num_batches_tracked: int64");
+  STD_TORCH_CHECK(!clipped.has_value() || (clipped->scalar_type() == ScalarType::Bool && clipped->is_contiguous()),
+                  "clipped: bool");
+  brn::ForwardArguments arguments;
+  arguments.dtype = dtype_of(x);
+  arguments.layout = shape;
+  arguments.x = side(x, x, strides, 0);
+  arguments.residual = side(residual, x, strides, 1);
+  arguments.y = side(y, x, strides, 2);
+  arguments.bits = data_or_null<uint8_t>(bits);
+  arguments.weight = per_channel(weight, shape.channels);
+  arguments.bias = per_channel(bias, shape.channels);
+  arguments.running_mean = per_channel(running_mean, shape.channels);
+  arguments.running_var = per_channel(running_var, shape.channels);
+  arguments.counter = data_or_null<int64_t>(num_batches_tracked);
+  arguments.clipped = data_or_null<bool>(clipped);
+  arguments.schedule = {per_channel(limits, 2),
+                        schedule[0],
+                        schedule[1],
+                        static_cast<int64_t>(schedule[2]),
+                        static_cast<int64_t>(schedule[3]),
+                        static_cast<int64_t>(schedule[4])};
+  arguments.cumulative = !momentum.has_value();
+  arguments.momentum = momentum.value_or(0);
+  arguments.eps = eps;
+  arguments.activation = static_cast<brn::Activation>(activation);
+  arguments.saved = saved.data_ptr();
+  run(brn::forward, arguments, x);
+}
+
+void backward(Tensor dy, Tensor x, MaybeTensor residual, MaybeTensor bits, MaybeTensor weight, MaybeTensor bias,
+              Tensor saved, MaybeTensor dx, MaybeTensor dresidual, Tensor dweight, Tensor dbias,
+              std::vector<int64_t> layout, std::vector<int64_t> strides, int64_t activation) {
+  const brn::Layout shape = layout_of(layout);
+  check_saved(saved, x, shape);
+  brn::BackwardArguments arguments;
+  arguments.dtype = dtype_of(x);
+  arguments.layout = shape;
+  arguments.dy = side(dy, x, strides, 0);
+  arguments.x = side(x, x, strides, 1);
+  arguments.residual = side(residual, x, strides, 2);
+  arguments.dx = side(dx, x, strides, 3);
+  arguments.dresidual = side(dresidual, x, strides, 4);
+  arguments.bits = data_or_null<uint8_t>(bits);
+  arguments.weight = per_channel(weight, shape.channels);
+  arguments.bias = per_channel(bias, shape.channels);
+  arguments.activation = static_cast<brn::Activation>(activation);
+  arguments.saved = saved.data_ptr();
+  arguments.dweight = dweight.data_ptr();
+  arguments.dbias = dbias.data_ptr();
+  run(brn::backward, arguments, x);
+}
+
+}  // namespace
+
+#ifdef BRN_CUDA
+
+STABLE_TORCH_LIBRARY_IMPL(brn_kernels_native, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
+}
+
+#else
+
+STABLE_TORCH_LIBRARY(brn_kernels_native, m) {
+  m.def(
+      "forward(Tensor x, Tensor? residual, Tensor(a!) y, Tensor(b!)? bits, Tensor? weight, Tensor? bias,"
+      " Tensor(c!)? running_mean, Tensor(d!)? running_var, Tensor(e!)? num_batches_tracked, Tensor(f!)? clipped,"
+      " Tensor? limits, Tensor(g!) saved, int[] layout, int[] strides, float[] schedule, float? momentum, float eps,"
+      " int activation) -> ()");
+  m.def(
+      "backward(Tensor dy, Tensor x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, Tensor saved,"
+      " Tensor(a!)? dx, Tensor(b!)? dresidual, Tensor(c!) dweight, Tensor(d!) dbias, int[] layout, int[] strides,"
+      " int activation) -> ()");
+  m.def("instruction_set() -> str");
+}
+
+std::string instruction_set() { return brn::instruction_set(); }
+
+STABLE_TORCH_LIBRARY_IMPL(brn_kernels_native, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(brn_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+}
+
+#endif
