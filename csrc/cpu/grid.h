@@ -1,0 +1,140 @@
+// How the memory of a call is seen as rows of columns, each of which belongs to one channel.
+#pragma once
+
+#include "elementwise.h"
+#include "plan.h"
+
+namespace brn {
+namespace {
+
+constexpr int64_t kUnitColumns = 2048;
+constexpr int64_t kNarrowRow = 128;       // channels: rows of fewer are joined with their neighbours
+constexpr int64_t kNarrowPlane = 48;      // positions: planes of fewer are seen by columns
+constexpr int64_t kSplitRows = 4096;      // a bound on the length of a sum
+constexpr int64_t kRowsOfSums = 16;       // for each load and store of a column's sums
+constexpr int64_t kRowsOfWrites = 1;      // with nothing to sum, the order of memory is best
+constexpr int64_t kChunkElements = 8192;  // read for the sums, then again from the cache for what is written
+constexpr int64_t kOriginValues = 32;     // of a channel, for the origin of its sums
+
+struct Grid {
+  int64_t channels, unit_channels;
+  bool planes;     // a channel's columns are neighbours: row n of the contiguous layout. Otherwise they alternate.
+  int64_t repeat;  // columns of a channel in a row: positions of a plane, or positions side by side in channels_last
+  int64_t rows, last_row_repeat;  // the last row may be shorter
+  int64_t row_stride;             // 0: that of the tensor
+  int64_t row_bytes;              // of packed bits
+
+  int64_t width(int64_t unit) const { return least(unit_channels, channels - unit * unit_channels) * repeat; }
+  // Values of one channel in rows [first, end).
+  int64_t values(int64_t first, int64_t end) const {
+    return (end - first) * repeat - (end == rows ? repeat - last_row_repeat : 0);
+  }
+  template <typename S>
+  S* at(const Side& side, int64_t unit, int64_t row) const {
+    if (side.data == nullptr) return nullptr;
+    return static_cast<S*>(side.data) + row * (row_stride == 0 ? side.outer_stride : row_stride) + start(unit);
+  }
+  template <typename Byte>
+  Byte* bits_at(Byte* bits, int64_t unit, int64_t row) const {
+    return bits == nullptr ? nullptr : bits + row * row_bytes + start(unit) / 8;
+  }
+  int64_t start(int64_t unit) const { return unit * unit_channels * (planes ? repeat : 1); }
+
+  // `value(channel)` for every column of a unit.
+  template <typename A, typename Value>
+  void expand(int64_t unit, A* columns, Value&& value) const {
+    const int64_t first = unit * unit_channels, count = least(unit_channels, channels - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const A it = value(first + i);
+      if (planes) {
+        for (int64_t k = 0; k < repeat; ++k) columns[i * repeat + k] = it;
+      } else {
+        columns[i] = it;
+      }
+    }
+    if (planes) return;
+    for (int64_t j = count; j < count * repeat; ++j) columns[j] = columns[j - count];
+  }
+
+  // The sums of each channel's columns, in place: columns[i] becomes that of channel i of the unit.
+  template <typename A>
+  void collapse(int64_t unit, A* columns) const {
+    const int64_t count = least(unit_channels, channels - unit * unit_channels);
+    if (planes) {
+      for (int64_t i = 0; i < count; ++i) {
+        Group<A> sum = everywhere<A>(0);
+        for_each_group<A>(repeat, [&](auto size, int64_t k, int64_t n) BRN_LAMBDA {
+          sum = sum + load(size, static_cast<const A*>(columns) + i * repeat + k, n);
+        });
+        columns[i] = static_cast<A>(total(sum));
+      }
+    } else {
+      for (int64_t k = 1; k < repeat; ++k) {
+        for (int64_t i = 0; i < count; ++i) columns[i] += columns[k * count + i];
+      }
+    }
+  }
+
+  Plan plan(int tensors, int64_t itemsize, const Parallel& parallel) const {
+    const int64_t columns = least(unit_channels, channels) * repeat;
+    const bool fits_cache = rows * columns * tensors * itemsize <= parallel.cache_bytes;
+    return plan_of(channels, unit_channels, rows, columns, kSplitRows, fits_cache, parallel);
+  }
+};
+
+inline __attribute__((always_inline)) bool is_dense(const Layout& layout, const Side& side) {
+  if (side.data == nullptr) return true;
+  if (layout.channels_last) return side.outer_stride == layout.inner;
+  return side.channel_stride == layout.inner;
+}
+
+// Whether a call is better seen by columns, and how.
+inline __attribute__((always_inline)) bool grid_of(const Layout& layout, bool all_dense, bool bits, Grid& grid) {
+  const bool narrow = layout.inner < (layout.channels_last ? kNarrowRow : kNarrowPlane);
+  const bool joins = narrow && all_dense && (!bits || layout.inner % 8 == 0);  // joined rows share bytes of bits
+  grid.channels = layout.channels;
+  grid.repeat = grid.last_row_repeat = 1;
+  grid.rows = layout.outer;
+  grid.row_stride = 0;
+  grid.row_bytes = (layout.inner + 7) / 8;
+  grid.planes = !layout.channels_last;
+  if (grid.planes) {
+    if (!joins) return false;
+    grid.repeat = grid.last_row_repeat = layout.inner;
+    grid.unit_channels = most(1, kUnitColumns / layout.inner);
+    grid.row_bytes = layout.channels * layout.inner / 8;
+  } else {
+    grid.unit_channels = kUnitColumns;
+    if (joins && layout.outer > 1) {
+      grid.repeat = least(layout.outer, most(1, 4 * kNarrowRow / layout.inner));
+      grid.rows = ceil_div(layout.outer, grid.repeat);
+      grid.last_row_repeat = layout.outer - (grid.rows - 1) * grid.repeat;
+      grid.row_stride = grid.repeat * layout.inner;
+      grid.row_bytes = grid.row_stride / 8;
+    }
+  }
+  return true;
+}
+
+// The rows of one unit and split, a few at a time: step(first_row, rows, width). The last row of all comes alone if it
+// is shorter.
+template <bool SUMS, typename Step>
+BRN_INLINE void for_rows(const Grid& grid, int64_t unit, int64_t first, int64_t end, Step&& step) {
+  constexpr bool BACKWARDS = !SUMS;
+  constexpr int64_t kRowsAtOnce = SUMS ? kRowsOfSums : kRowsOfWrites;
+  const int64_t width = grid.width(unit);
+  const bool short_row = end == grid.rows && grid.last_row_repeat < grid.repeat;
+  const int64_t whole = short_row ? end - 1 : end, last_width = width / grid.repeat * grid.last_row_repeat;
+  if (BACKWARDS && short_row) step(whole, int64_t{1}, last_width);
+  // Backwards, too, rows are read forwards within a chunk: that is what prefetching is good at.
+  const int64_t chunk = BACKWARDS ? ceil_div(kChunkElements, width * kRowsAtOnce) * kRowsAtOnce : whole - first;
+  const int64_t chunks = ceil_div(whole - first, most(1, chunk));
+  for (int64_t k = 0; k < chunks; ++k) {
+    const int64_t begin = first + (BACKWARDS ? chunks - 1 - k : k) * chunk, stop = least(begin + chunk, whole);
+    for (int64_t row = begin; row < stop; row += kRowsAtOnce) step(row, least(kRowsAtOnce, stop - row), width);
+  }
+  if (!BACKWARDS && short_row) step(whole, int64_t{1}, last_width);
+}
+
+}  // namespace
+}  // namespace brn
