@@ -8,19 +8,14 @@ checked against float64 before anything is timed. Writes a table, and a CSV with
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -28,16 +23,11 @@ from tqdm import tqdm
 from triton.testing import do_bench
 
 import brn_kernels as brn
+from bench.cases import RESNET50
+from bench.peers import BatchNorm
+from bench.record import write_csv
 
 BATCH = 256
-# ResNet-50's normalizations: channels, size, what follows, how often
-RESNET50 = [
-    (64, 112, "relu", 1),
-    (64, 56, "relu", 6), (256, 56, "add", 3), (256, 56, "plain", 1),
-    (128, 56, "relu", 1), (128, 28, "relu", 7), (512, 28, "add", 4), (512, 28, "plain", 1),
-    (256, 28, "relu", 1), (256, 14, "relu", 11), (1024, 14, "add", 6), (1024, 14, "plain", 1),
-    (512, 14, "relu", 1), (512, 7, "relu", 5), (2048, 7, "add", 3), (2048, 7, "plain", 1),
-]  # fmt: skip
 FORMATS = {
     "bf16 channels_last": (torch.bfloat16, torch.channels_last),
     "fp32 contiguous": (torch.float32, torch.contiguous_format),
@@ -53,20 +43,6 @@ BARS = {
     ("ResNet-50, compiled BatchNorm / ours", "bf16 channels_last"): ("at least", 1.3),
     ("ResNet-50, compiled BatchNorm / ours", "fp32 contiguous"): ("at least", 1.3),
 }
-
-
-class Peer(nn.Module):
-    """BatchNorm, then + residual, then ReLU, as ``what`` says."""
-
-    def __init__(self, channels: int, what: str) -> None:
-        super().__init__()
-        self.norm, self.what = nn.BatchNorm2d(channels), what
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = self.norm(x)
-        if self.what == "add":
-            y = y + residual
-        return y if self.what == "plain" else F.relu(y)
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
@@ -147,8 +123,8 @@ def resnet50(form: str, quick: bool) -> list[tuple[str, float]]:
         layer = settled(channels, what, x, residual)
         check(layer, x, residual, dy)
         ours = both_directions(layer, x, residual, dy)
-        eager = Peer(channels, what).cuda()
-        compiled = torch.compile(Peer(channels, what).cuda(), dynamic=False)
+        eager = BatchNorm(channels, what).cuda()
+        compiled = torch.compile(BatchNorm(channels, what).cuda(), dynamic=False)
         for name, peer in (("eager", eager), ("compiled", compiled)):
             logs[name] += [math.log(both_directions(peer, x, residual, dy) / ours)] * count
     return [
@@ -196,15 +172,9 @@ def main() -> int:
             rows.append([what, form, f"{value:.3f}", f"{direction} {bound}", "met" if met else "MISSED"])
     rows += [[what, "fp32", f"{value:.1f}", "", ""] for what, value in host_microseconds()]
     print(tabulate(rows, ["what", "format", "measured", "bar", ""], disable_numparse=True))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = [torch.cuda.get_device_name(), torch.__version__, triton.__version__, commit, f"{datetime.date.today()}"]
-    path = Path(arguments.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["what", "format", "measured", "bar", "met", "device", "torch", "triton", "commit", "date"])
-        writer.writerows(row + about for row in rows)
-    print(f"\n{path}: {', '.join(about)}")
+    columns = ("what", "format", "measured", "bar", "met")
+    write_csv(arguments.out, [dict(zip(columns, row, strict=True)) | {"triton": triton.__version__} for row in rows])
+    print(f"\n{arguments.out} written")
     return 1 if missed else 0
 
 
