@@ -31,6 +31,7 @@ class ForwardColumns {
         grid_(grid),
         limits_(limits_at<A>(arguments.schedule, arguments.counter)),
         plan_(grid.plan(2, sizeof(S), parallel)),
+        past_cache_(goes_past_cache(parallel, arguments.layout, sizeof(S))),
         means_(grid.channels * plan_.splits),
         m2s_(grid.channels * plan_.splits),
         coefficients_(grid.channels),
@@ -67,11 +68,10 @@ class ForwardColumns {
     const auto write = [&](int64_t row, int64_t, int64_t row_width) {
       write_row(unit, row, row_width, columns, writes);
     };
-    const int64_t chunk = ceil_div(kChunkElements, width * kRowsOfSums) * kRowsOfSums;
-    for (int64_t row = first; row < end; row += chunk) {  // read once: what is written comes from the cache
-      for_rows<true>(grid_, unit, row, least(row + chunk, end), gather);
-      if (speculates) for_rows<false>(grid_, unit, row, least(row + chunk, end), write);
-    }
+    for_chunks<false>(first, end, width, [&](int64_t begin_row, int64_t end_row) {
+      for_rows(grid_, unit, begin_row, end_row, kRowsOfSums, gather);
+      if (speculates) for_rows(grid_, unit, begin_row, end_row, 1, write);  // x comes from the cache
+    });
     grid_.collapse(unit, columns[kS1]);
     grid_.collapse(unit, columns[kS2]);
     const double values = static_cast<double>(grid_.values(first, end));
@@ -105,8 +105,10 @@ class ForwardColumns {
     const Scratch<bool> writes(width / kGroup<A> + 1);
     mark_groups(unit, false, writes);
     expand_coefficients(unit, [&](int64_t channel) { return coefficients_[channel]; }, columns);
-    for_rows<false>(grid_, unit, first, end,
-                    [&](int64_t row, int64_t, int64_t row_width) { write_row(unit, row, row_width, columns, writes); });
+    for_chunks<true>(first, end, width, [&](int64_t begin_row, int64_t end_row) {
+      for_rows(grid_, unit, begin_row, end_row, 1,
+               [&](int64_t row, int64_t, int64_t row_width) { write_row(unit, row, row_width, columns, writes); });
+    });
   }
 
  private:
@@ -114,12 +116,12 @@ class ForwardColumns {
 
   int64_t end_of(int64_t unit) const { return least((unit + 1) * plan_.channels, grid_.channels); }
 
-  // The mean of a channel's first values of the split, for every column.
+  // The mean of a channel's first values in the split, for every column.
   void find_origins(int64_t unit, int64_t first, int64_t end, const ColumnScratch<A, 6>& columns) const {
     const int64_t width = grid_.width(unit), begin = unit * plan_.channels;
     const int64_t rows = least(end - first, ceil_div(kOriginValues, grid_.repeat));
     zero(columns[kS1], width);
-    for_rows<true>(grid_, unit, first, first + rows, [&](int64_t row, int64_t some, int64_t row_width) {
+    for_rows(grid_, unit, first, first + rows, kRowsOfSums, [&](int64_t row, int64_t some, int64_t row_width) {
       for_each_group<A>(row_width, [&](auto size, int64_t j, int64_t n) BRN_LAMBDA {
         Group<A> sum = load(Whole{}, columns[kS1] + j, n);
         for (int64_t r = row; r < row + some; ++r)
@@ -189,7 +191,7 @@ class ForwardColumns {
       const GroupCoefficients<A> c = {load(Whole{}, columns[kPivot] + j, n), load(Whole{}, columns[kScale] + j, n),
                                       load(Whole{}, columns[kShift] + j, n)};
       prefetch(x + stride(a_.x) + j);
-      write<ACTIVATION>(size, load(size, x + j, n), c, offset(residual, j), y + j, offset(bits, j / 8), n);
+      write<ACTIVATION>(size, load(size, x + j, n), c, offset(residual, j), y + j, offset(bits, j / 8), past_cache_, n);
     });
   }
 
@@ -199,6 +201,7 @@ class ForwardColumns {
   const Grid grid_;
   const Limits<A> limits_;
   const Plan plan_;
+  const bool past_cache_;
   Scratch<double> means_, m2s_;  // (splits, channels)
   Scratch<Coefficients<A>> coefficients_;
   Scratch<bool> written_;
@@ -213,6 +216,7 @@ class BackwardColumns {
       : a_(arguments),
         grid_(grid),
         plan_(grid.plan(3, sizeof(S), parallel)),
+        past_cache_(goes_past_cache(parallel, arguments.layout, sizeof(S))),
         s1s_(grid.channels * plan_.splits),
         s2s_(grid.channels * plan_.splits),
         coefficients_(grid.channels) {
@@ -232,8 +236,9 @@ class BackwardColumns {
     expand_argument(unit, columns);
     zero(columns[kS1], width);
     zero(columns[kS2], width);
-    for_rows<true>(grid_, unit, first, end, [&](int64_t row, int64_t rows, int64_t row_width) {
-      pass<false>(unit, row, rows, row_width, columns);
+    for_chunks<false>(first, end, width, [&](int64_t begin_row, int64_t end_row) {
+      for_rows(grid_, unit, begin_row, end_row, kRowsOfSums,
+               [&](int64_t row, int64_t rows, int64_t row_width) { pass<false>(unit, row, rows, row_width, columns); });
     });
     grid_.collapse(unit, columns[kS1]);
     grid_.collapse(unit, columns[kS2]);
@@ -262,8 +267,9 @@ class BackwardColumns {
     expand(unit, columns[kOfG], &BackwardCoefficients<A>::dx_of_g);
     expand(unit, columns[kOfX], &BackwardCoefficients<A>::dx_of_x);
     expand(unit, columns[kDxShift], &BackwardCoefficients<A>::dx_shift);
-    for_rows<false>(grid_, unit, first, end, [&](int64_t row, int64_t rows, int64_t row_width) {
-      pass<true>(unit, row, rows, row_width, columns);
+    for_chunks<true>(first, end, grid_.width(unit), [&](int64_t begin_row, int64_t end_row) {
+      for_rows(grid_, unit, begin_row, end_row, 1,
+               [&](int64_t row, int64_t rows, int64_t row_width) { pass<true>(unit, row, rows, row_width, columns); });
     });
   }
 
@@ -306,8 +312,9 @@ class BackwardColumns {
             residual == nullptr ? nullptr : residual + r * stride(a_.residual) + j,
             bits == nullptr ? nullptr : bits + r * grid_.row_bytes + j / 8, mean, z_scale, z_shift, n);
         if constexpr (APPLY) {
-          if (dx != nullptr) store(size, dx + r * stride(a_.dx) + j, up.g * of_g + (up.centered * of_x + shift), n);
-          if (dresidual != nullptr) store(size, dresidual + r * stride(a_.dresidual) + j, up.g, n);
+          if (dx != nullptr)
+            put(size, dx + r * stride(a_.dx) + j, up.g * of_g + (up.centered * of_x + shift), past_cache_, n);
+          if (dresidual != nullptr) put(size, dresidual + r * stride(a_.dresidual) + j, up.g, past_cache_, n);
         } else {
           sums.s1 = sums.s1 + zero_beyond(size, up.g, n);
           sums.s2 = sums.s2 + zero_beyond(size, up.g * up.centered, n);
@@ -322,6 +329,7 @@ class BackwardColumns {
   const BackwardArguments& a_;
   const Grid grid_;
   const Plan plan_;
+  const bool past_cache_;
   Scratch<double> s1s_, s2s_;  // (splits, channels)
   Scratch<BackwardCoefficients<A>> coefficients_;
 };

@@ -1,8 +1,8 @@
 // Which instruction set's loops run, found out once, PyTorch's threads for them to run on, and the memory they write.
 #include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
-#include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -51,16 +51,33 @@ const Loops& loops() {
   return chosen;
 }
 
+// Of a cache of the first core, as Linux knows it (sysconf's third level is far too large on some machines).
+int64_t cache_size(const char* path, int64_t otherwise) {
+  long kilobytes = 0;
+  if (std::FILE* file = std::fopen(path, "r")) {
+    if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+    std::fclose(file);
+  }
+  return kilobytes > 0 ? kilobytes * int64_t{1024} : otherwise;
+}
+
 int64_t cache_bytes() {
-  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return found > 0 ? found : 512 * 1024;
+  static const int64_t found = cache_size("/sys/devices/system/cpu/cpu0/cache/index2/size", int64_t{512} << 10);
+  return found;
+}
+
+int64_t last_cache_bytes() {
+  static const int64_t found = cache_size("/sys/devices/system/cpu/cpu0/cache/index3/size", int64_t{16} << 20);
+  return found;
 }
 
 void run_in_parallel(int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
   torch::stable::parallel_for(0, tasks, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-Parallel parallel() { return {static_cast<int>(torch::stable::get_num_threads()), cache_bytes(), run_in_parallel}; }
+Parallel parallel() {
+  return {static_cast<int>(torch::stable::get_num_threads()), cache_bytes(), last_cache_bytes(), run_in_parallel};
+}
 
 // Asks for huge pages where a tensor that is about to be written covers them whole: of a fresh large tensor, the first
 // touch of its 4 KB pages costs several times what the arithmetic does. Memory in use does not grow by it.

@@ -142,17 +142,26 @@ struct GroupCoefficients {
   Group<A> pivot, scale, shift;
 };
 
+template <typename SIZE, typename S, typename A>
+BRN_INLINE void put(SIZE size, S* p, const Group<A>& x, bool past_cache, int64_t n) {
+  if (past_cache) {
+    stream(size, p, x, n);
+  } else {
+    store(size, p, x, n);
+  }
+}
+
 // The one way in which y is computed, so that its bits do not depend on the pass that writes it.
 template <Activation ACTIVATION, typename SIZE, typename S, typename A>
 BRN_INLINE void write(SIZE size, const Group<A>& x, const GroupCoefficients<A>& c, const S* residual, S* y,
-                      uint8_t* bits, int64_t n) {
+                      uint8_t* bits, bool past_cache, int64_t n) {
   Group<A> z = (x - c.pivot) * c.scale + c.shift;
   if (residual != nullptr) z = z + load(size, residual, n);
   if (bits != nullptr) {
     const GroupMask<A> stopped = z <= everywhere<A>(0);
     store_bits<A>(bits, {~stopped.a, ~stopped.b, ~stopped.c, ~stopped.d}, n);
   }
-  store(size, y, activate<ACTIVATION>(z), n);
+  put(size, y, activate<ACTIVATION>(z), past_cache, n);
 }
 
 // What the backward reads of a group: g = dy * activation'(z), and x - mean.

@@ -8,13 +8,13 @@ namespace brn {
 namespace {
 
 constexpr int64_t kUnitColumns = 2048;
-constexpr int64_t kNarrowRow = 128;       // channels: rows of fewer are joined with their neighbours
-constexpr int64_t kNarrowPlane = 48;      // positions: planes of fewer are seen by columns
-constexpr int64_t kSplitRows = 4096;      // a bound on the length of a sum
-constexpr int64_t kRowsOfSums = 16;       // for each load and store of a column's sums
-constexpr int64_t kRowsOfWrites = 1;      // with nothing to sum, the order of memory is best
-constexpr int64_t kChunkElements = 8192;  // read for the sums, then again from the cache for what is written
-constexpr int64_t kOriginValues = 32;     // of a channel, for the origin of its sums
+constexpr int64_t kNarrowRow = 128;        // channels: rows of fewer are joined with their neighbours
+constexpr int64_t kNarrowPlane = 48;       // positions: planes of fewer are seen by columns
+constexpr int64_t kSplitRows = 4096;       // a bound on the length of a sum
+constexpr int64_t kRowsOfSums = 16;        // for each load and store of a column's sums; with nothing to sum, one
+constexpr int64_t kRowsOfWrites = 1;       // with nothing to sum, the order of memory is best
+constexpr int64_t kChunkElements = 16384;  // read for the sums, then again from the cache for what is written
+constexpr int64_t kOriginValues = 32;      // of a channel, for the origin of its sums
 
 struct Grid {
   int64_t channels, unit_channels;
@@ -116,24 +116,27 @@ inline __attribute__((always_inline)) bool grid_of(const Layout& layout, bool al
   return true;
 }
 
-// The rows of one unit and split, a few at a time: step(first_row, rows, width). The last row of all comes alone if it
-// is shorter.
-template <bool SUMS, typename Step>
-BRN_INLINE void for_rows(const Grid& grid, int64_t unit, int64_t first, int64_t end, Step&& step) {
-  constexpr bool BACKWARDS = !SUMS;
-  constexpr int64_t kRowsAtOnce = SUMS ? kRowsOfSums : kRowsOfWrites;
+// Calls step(first_row, end_row) for pieces of [first, end). Backwards, the last comes first, and within a piece rows
+// go forwards all the same: that is what prefetching is good at.
+template <bool BACKWARDS, typename Step>
+BRN_INLINE void for_chunks(int64_t first, int64_t end, int64_t width, Step&& step) {
+  const int64_t rows = ceil_div(kChunkElements, width * kRowsOfSums) * kRowsOfSums;
+  const int64_t chunks = ceil_div(end - first, rows);
+  for (int64_t k = 0; k < chunks; ++k) {
+    const int64_t begin = first + (BACKWARDS ? chunks - 1 - k : k) * rows;
+    step(begin, least(begin + rows, end));
+  }
+}
+
+// Calls step(row, rows, width) for [first, end), `at_once` rows at a time. The last row of all comes alone if it is
+// shorter.
+template <typename Step>
+BRN_INLINE void for_rows(const Grid& grid, int64_t unit, int64_t first, int64_t end, int64_t at_once, Step&& step) {
   const int64_t width = grid.width(unit);
   const bool short_row = end == grid.rows && grid.last_row_repeat < grid.repeat;
-  const int64_t whole = short_row ? end - 1 : end, last_width = width / grid.repeat * grid.last_row_repeat;
-  if (BACKWARDS && short_row) step(whole, int64_t{1}, last_width);
-  // Backwards, too, rows are read forwards within a chunk: that is what prefetching is good at.
-  const int64_t chunk = BACKWARDS ? ceil_div(kChunkElements, width * kRowsAtOnce) * kRowsAtOnce : whole - first;
-  const int64_t chunks = ceil_div(whole - first, most(1, chunk));
-  for (int64_t k = 0; k < chunks; ++k) {
-    const int64_t begin = first + (BACKWARDS ? chunks - 1 - k : k) * chunk, stop = least(begin + chunk, whole);
-    for (int64_t row = begin; row < stop; row += kRowsAtOnce) step(row, least(kRowsAtOnce, stop - row), width);
-  }
-  if (!BACKWARDS && short_row) step(whole, int64_t{1}, last_width);
+  const int64_t whole = short_row ? end - 1 : end;
+  for (int64_t row = first; row < whole; row += at_once) step(row, least(at_once, whole - row), width);
+  if (short_row) step(whole, int64_t{1}, width / grid.repeat * grid.last_row_repeat);
 }
 
 }  // namespace

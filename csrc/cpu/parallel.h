@@ -10,7 +10,8 @@ namespace brn {
 
 struct Parallel {
   int threads;
-  int64_t cache_bytes;  // of a core's own second-level cache
+  int64_t cache_bytes;       // of a core's own second-level cache
+  int64_t last_cache_bytes;  // of the cache that cores share
   // Calls body(context, begin, end) for pieces of [0, tasks), each at least `grain` long.
   void (*run)(int64_t tasks, int64_t grain, void (*body)(void*, int64_t begin, int64_t end), void* context);
 };
@@ -31,6 +32,13 @@ inline __attribute__((always_inline)) void for_each_task(const Parallel& paralle
   parallel.run(
       tasks, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
       &body);
+}
+
+// Whether a result of `bytes` is written past the caches: it cannot stay there together with what it is computed from.
+inline __attribute__((always_inline)) bool goes_past_cache(const Parallel& parallel, const Layout& layout,
+                                                           int64_t itemsize) {
+  const int64_t values = layout.outer * (layout.channels_last ? 1 : layout.channels) * layout.inner;
+  return 4 * values * itemsize > parallel.last_cache_bytes;
 }
 
 // Memory for `count` values, aligned for vectors and with room for a group beyond the last.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "parallel.h"
+#include "simd.h"
 
 namespace brn {
 namespace {
@@ -57,12 +58,14 @@ inline __attribute__((always_inline)) void run_passes(const Plan& plan, Task& ta
         task.finish(unit * plan.channels, least((unit + 1) * plan.channels, plan.all_channels));
         if (task.needs_second(unit)) task.second(unit, 0);
       }
+      fence_streams();
     };
     for_each_task(parallel, plan.units, plan.grain, all);
     return;
   }
   auto first = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task.first(i / plan.splits, i % plan.splits);
+    fence_streams();
   };
   for_each_task(parallel, plan.units * plan.splits, plan.grain, first);
   auto finish = [&](int64_t begin, int64_t end) { task.finish(begin, end); };
@@ -71,6 +74,7 @@ inline __attribute__((always_inline)) void run_passes(const Plan& plan, Task& ta
     for (int64_t i = end - 1; i >= begin; --i) {
       if (task.needs_second(i / plan.splits)) task.second(i / plan.splits, i % plan.splits);
     }
+    fence_streams();
   };
   for_each_task(parallel, plan.units * plan.splits, plan.grain, second);
 }

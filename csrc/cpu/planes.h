@@ -54,6 +54,7 @@ class ForwardPlanes {
         pieces_(arguments.layout),
         limits_(limits_at<A>(arguments.schedule, arguments.counter)),
         plan_(pieces_.plan(2, sizeof(S), parallel)),
+        past_cache_(goes_past_cache(parallel, arguments.layout, sizeof(S))),
         partials_(plan_.units * plan_.splits),
         coefficients_(plan_.units),
         written_(plan_.units) {
@@ -118,7 +119,7 @@ class ForwardPlanes {
       const Group<A> values = load(size, x + at, n);
       if constexpr (GATHER) gather(size, local, values, origins, n);
       if constexpr (WRITE) {
-        write<ACTIVATION>(size, values, all, offset(residual, at), y + at, offset(bits, at / 8), n);
+        write<ACTIVATION>(size, values, all, offset(residual, at), y + at, offset(bits, at / 8), past_cache_, n);
       }
     });
     if constexpr (GATHER) add(sums, local);
@@ -128,6 +129,7 @@ class ForwardPlanes {
   const Pieces pieces_;
   const Limits<A> limits_;
   const Plan plan_;
+  const bool past_cache_;
   Scratch<Moments> partials_;
   Scratch<Coefficients<A>> coefficients_;
   Scratch<bool> written_;
@@ -142,6 +144,7 @@ class BackwardPlanes {
       : a_(arguments),
         pieces_(arguments.layout),
         plan_(pieces_.plan(3, sizeof(S), parallel)),
+        past_cache_(goes_past_cache(parallel, arguments.layout, sizeof(S))),
         partials_(2 * plan_.units * plan_.splits),
         coefficients_(plan_.units) {}
 
@@ -194,8 +197,8 @@ class BackwardPlanes {
       const Upstream<A> up = upstream<ACTIVATION>(size, dy + at, x + at, offset(residual, at), offset(bits, at / 8),
                                                   mean, z_scale, z_shift, n);
       if constexpr (APPLY) {
-        if (dx != nullptr) store(size, dx + at, up.g * of_g + (up.centered * of_x + shift), n);
-        if (dresidual != nullptr) store(size, dresidual + at, up.g, n);
+        if (dx != nullptr) put(size, dx + at, up.g * of_g + (up.centered * of_x + shift), past_cache_, n);
+        if (dresidual != nullptr) put(size, dresidual + at, up.g, past_cache_, n);
       } else {  // lanes beyond n: dy is 0 there, and so is g, unless it is NaN times 0
         const Group<A> g = zero_beyond(size, up.g, n);
         local.s1 = local.s1 + g;
@@ -208,6 +211,7 @@ class BackwardPlanes {
   const BackwardArguments& a_;
   const Pieces pieces_;
   const Plan plan_;
+  const bool past_cache_;
   Scratch<double> partials_;
   Scratch<BackwardCoefficients<A>> coefficients_;
 };

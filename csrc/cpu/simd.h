@@ -145,28 +145,65 @@ BRN_INLINE void store_vector(float* p, Vector<float> v) { memcpy(p, &v, sizeof v
 
 BRN_INLINE void store_vector(double* p, Vector<double> v) { memcpy(p, &v, sizeof v); }
 
-BRN_INLINE void store_vector(BFloat16* p, Vector<float> v) {
+BRN_INLINE VectorTypes<float>::Halves rounded(BFloat16, Vector<float> v) {
 #if defined(__AVX512BF16__)
-  const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
-  memcpy(p, &halves, sizeof halves);
+  return reinterpret_cast<VectorTypes<float>::Halves>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
 #else
   using Bits = VectorTypes<float>::Bits;
   const Bits bits = reinterpret_cast<Bits>(v);
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits chosen = v == v ? rounded : Bits{} + 0x7fc0;
-  const VectorTypes<float>::Halves halves = narrowed(chosen);
-  memcpy(p, &halves, sizeof halves);
+  const Bits nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return narrowed(v == v ? nearest : Bits{} + 0x7fc0);
 #endif
 }
 
-BRN_INLINE void store_vector(Float16* p, Vector<float> v) {
+BRN_INLINE VectorTypes<float>::Halves rounded(Float16, Vector<float> v) {
 #if defined(__AVX512F__)
-  const __m256i halves = _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), 0);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+  return reinterpret_cast<VectorTypes<float>::Halves>(
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
+  return reinterpret_cast<VectorTypes<float>::Halves>(
+      _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_float16(v[i]);
+  VectorTypes<float>::Halves halves = {};
+  for (int i = 0; i < kLanes<float>; ++i) halves[i] = float_to_float16(v[i]);
+  return halves;
+#endif
+}
+
+template <typename S>
+BRN_INLINE void store_vector(S* p, Vector<float> v) {
+  const VectorTypes<float>::Halves halves = rounded(S{}, v);
+  memcpy(p, &halves, sizeof halves);
+}
+
+// Past the caches, for what is too large to stay there: its lines are then not read before they are written, and push
+// out nothing that does fit. p is aligned to 64 bytes. A fence must follow before others read it.
+template <typename S, typename V>
+BRN_INLINE void stream_bytes(S* p, const V& v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+#endif
+  memcpy(p, &v, sizeof v);
+}
+
+BRN_INLINE void stream_vector(float* p, Vector<float> v) { stream_bytes(p, v); }
+BRN_INLINE void stream_vector(double* p, Vector<double> v) { stream_bytes(p, v); }
+template <typename S>
+BRN_INLINE void stream_vector(S* p, Vector<float> v) {
+  stream_bytes(p, rounded(S{}, v));
+}
+
+BRN_INLINE void fence_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 
@@ -260,6 +297,16 @@ BRN_INLINE void store(Whole, S* p, const Group<Accumulate<S>>& x, int64_t) {
   store_vector(p + 3 * step, x.d);
 }
 
+template <typename S>
+BRN_INLINE void stream(Whole, S* p, const Group<Accumulate<S>>& x, int64_t n) {
+  constexpr int step = kLanes<Accumulate<S>>;
+  if (reinterpret_cast<uintptr_t>(p) % 64 != 0) return store(Whole{}, p, x, n);
+  stream_vector(p, x.a);
+  stream_vector(p + step, x.b);
+  stream_vector(p + 2 * step, x.c);
+  stream_vector(p + 3 * step, x.d);
+}
+
 #if defined(__AVX512F__)
 
 BRN_INLINE Vector<float> load_lanes(const float* p, uint64_t lanes) {
@@ -335,6 +382,11 @@ BRN_INLINE void prefetch(const S* p) {
   constexpr int bytes = kGroup<Accumulate<S>> * static_cast<int>(sizeof(S));
   const char* lines = reinterpret_cast<const char*>(p);
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(lines + i, 0, 2);
+}
+
+template <typename S>
+BRN_INLINE void stream(Partial, S* p, const Group<Accumulate<S>>& x, int64_t n) {
+  store(Partial{}, p, x, n);
 }
 
 // Bit i of the result: lane i.

@@ -1,0 +1,267 @@
+"""What only the compiled CPU loops can get wrong: instruction sets, threads, splits, tails, memory."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import ACTIVATIONS
+from tolerances import UNITS
+
+from brn_kernels.backends import layout, native, reference
+
+SCHEDULE = [3.0, 5.0, 0.0, 0.0, 0.0]
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")
+
+
+@pytest.fixture(autouse=True)
+def built(device):
+    """Skips, with the reason, where the native backend cannot run."""
+    if device.type != "cpu":
+        pytest.skip("about the CPU loops")
+    if reason := native.unusable("cpu"):
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; restored afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+class Case:
+    """A call's inputs, and a copy of its state for each run."""
+
+    def __init__(self, shape, dtype, channels_last=False, residual=False, activation=None, limits=(1.3, 0.4), seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*size):
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        def laid_out(values):
+            return values.to(dtype) if not channels_last else to_channels_last(values.to(dtype))
+
+        per_channel = (1, -1) + (1,) * (len(shape) - 2)
+        channels = shape[1]
+        spread = 1 + normal(channels).abs().view(per_channel)
+        self.x = laid_out(normal(*shape) * spread + normal(channels).view(per_channel))
+        self.residual = laid_out(normal(*shape)) if residual else None
+        self.dy = laid_out(normal(*shape))
+        acc = reference.statistics_dtype(self.x)
+        self.weight, self.bias = normal(channels).to(acc), normal(channels).to(acc)
+        self.running_mean, self.running_var = 0.5 * normal(channels).to(acc), 1 + normal(channels).to(acc).abs()
+        self.limits = torch.tensor(limits, dtype=torch.float32)
+        self.activation = activation
+
+    def run(self, backend=native, clipped=False, double=False, weight=None):
+        """(y, saved, bits, dx, dweight, dbias, dresidual), and the state after it."""
+        convert = (lambda t: None if t is None else t.double()) if double else (lambda t: t)
+        x, residual, dy = convert(self.x), convert(self.residual), convert(self.dy)
+        weight, bias = convert(self.weight if weight is None else weight), convert(self.bias)
+        state = [convert(self.running_mean).clone(), convert(self.running_var).clone(), torch.tensor(7)]
+        state.append(torch.full((x.shape[1],), clipped))
+        y, saved, bits = backend.forward(
+            x, residual, None, weight, bias, *state, self.limits, SCHEDULE, 0.1, 1e-5, self.activation
+        )
+        gradients = backend.backward(dy, x, residual, None, weight, bias, saved, bits, self.activation, True, True)
+        return (y, saved, bits, *gradients), state
+
+
+def to_channels_last(values):
+    return values.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def check(case):
+    """Against the specification in float64; r and d decided by each for itself."""
+    ours, state = case.run()
+    truth, truths_state = case.run(reference, double=True)
+    eps = torch.finfo(case.x.dtype).eps
+    acc_eps = torch.finfo(reference.statistics_dtype(case.x)).eps
+    largest = case.x.double().abs().max().item()
+    gain = (case.weight.double().abs() * truth[1][1] * truth[1][2]).max().item()  # of dy to dx
+    offset = largest * truth[1][1].max().item()  # what rounding errors of x grow by, normalized
+    count = case.x.numel() / case.x.shape[1]
+    dy = case.dy.double().abs().max().item()
+    reduced = count * dy * (1 + offset) * (1 + truth[1][3].abs().max().item())
+    scales = {
+        "y": (UNITS * acc_eps * (gain * largest + 1) + eps * truth[0].abs().max().item()),
+        "dx": UNITS * acc_eps * gain * dy * (1 + offset) * (1 + offset) + eps * truth[3].abs().max().item(),
+        "dweight": UNITS * acc_eps * reduced,
+        "dbias": UNITS * acc_eps * reduced,
+        "dresidual": UNITS * acc_eps * dy + eps * dy,
+    }
+    kink = 0.0
+    if case.activation in ("relu", "leaky_relu", "hardswish"):  # next to a kink the derivative may be either side's
+        kink = 2e-4 if case.x.dtype == torch.float32 else 0.0 if case.x.dtype == torch.float64 else 1e-3
+    for name, mine, true in zip(("y", None, None, "dx", "dweight", "dbias", "dresidual"), ours, truth, strict=True):
+        if name is None:
+            continue
+        wrong = (mine.double() - true).abs() > scales[name]
+        if kink and name in ("dx", "dresidual"):
+            assert wrong.double().mean() <= kink, name
+        elif not (kink and name in ("dweight", "dbias")):
+            assert not wrong.any(), f"{name}: {(mine.double() - true).abs().max():.3g} over {scales[name]:.3g}"
+    torch.testing.assert_close(state[0].double(), truths_state[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state[1].double(), truths_state[1], rtol=1e-5, atol=1e-6)
+    assert state[2].item() == 8
+
+
+# each a way through the loops: rows joined or not, partial groups, several splits, one channel, few channels
+SHAPES = [
+    (40, 3, 50, 50), (1, 3, 130, 129), (2, 1, 200, 190), (16, 64, 28, 28), (3, 65, 12, 11), (33, 24, 7, 7), (5, 130, 9),
+    (4, 2100, 3), (70, 4100), (9000, 5), (2, 17, 3, 5, 7), (1, 2, 300, 301), (4, 200, 1, 48), (3, 8, 8), (600, 100),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2], ids=["1 thread", "2 threads"])
+def test_every_way_through_the_loops(shape, channels_last, count, threads):
+    threads(count)
+    check(Case(shape, torch.float32, channels_last, residual=True, activation="relu"))
+    check(Case(shape, torch.float64, channels_last, limits=(1e6, 1e6)))
+    check(Case(shape, torch.bfloat16, channels_last, limits=(1.0, 0.0), activation="relu"))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(1, 40), c=st.sampled_from([1, 2, 3, 7, 8, 16, 33, 64, 96, 129]),
+    spatial=st.lists(st.integers(1, 15), max_size=3), dtype=st.sampled_from(["float32", "float64", "bfloat16", "float16"]),
+    channels_last=st.booleans(), residual=st.booleans(), activation=st.sampled_from(list(ACTIVATIONS)),
+    limits=st.sampled_from([(1.0, 0.0), (1.2, 0.3), (3.0, 5.0), (1e6, 1e6)]), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_any_call(n, c, spatial, dtype, channels_last, residual, activation, limits, seed):
+    values = n
+    for size in spatial:
+        values *= size
+    if values < 8 or values * c > 500_000:  # of fewer, a variance is noise
+        return
+    check(Case((n, c, *spatial), getattr(torch, dtype), channels_last, residual, activation, limits, seed))
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(16, 40, 30, 30), (9, 24, 5, 5), (8, 3, 90, 90)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_bit_depends_on_the_prediction(shape, channels_last, dtype, threads):
+    threads(2)
+    case = Case(shape, dtype, channels_last, residual=True, activation="relu")
+    right, right_state = case.run(clipped=False)
+    wrong, wrong_state = case.run(clipped=True)
+    assert 0 < right_state[3].sum() < shape[1], "some clip, some do not"
+    for a, b in zip(right + tuple(right_state), wrong + tuple(wrong_state), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_same_threads_same_bits(count, threads):
+    threads(count)
+    for channels_last in (False, True):
+        case = Case((12, 5, 70, 70), torch.float32, channels_last)
+        first, _ = case.run()
+        for _ in range(5):
+            again, _ = case.run()
+            assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_every_instruction_set(name):
+    """In a process of its own: which one runs is decided once."""
+    program = (
+        "import torch, pytest, sys\n"
+        "from brn_kernels.backends import native\n"
+        "assert native.unusable('cpu') is None\n"
+        f"if torch.ops.brn_kernels_native.instruction_set() != {name!r}: sys.exit(77)\n"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))\n"
+    )
+    here = os.path.dirname(__file__)
+    tests = [f"{os.path.join(here, 'test_native.py')}::{test}" for test in ("test_any_call", "test_half_values_survive")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *tests, "--rootdir", here],
+        env=os.environ | {"BRN_KERNELS_ISA": name}, cwd=here, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode == 77:
+        pytest.skip(f"this processor, or this build, has no {name}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_values_survive(dtype):
+    """Every finite pattern up to 1e15 in, times a weight, rounded to nearest even as PyTorch does; subnormals too."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    smallest = torch.finfo(dtype).smallest_normal if dtype == torch.bfloat16 else 0.0  # bfloat16's may be flushed
+    x = x[(x.abs() <= 1e15) & ((x == 0) | (x.abs() >= smallest))].view(1, 1, -1)
+    limits = torch.tensor([1e30, 1e30])
+    for factor in (1.0, 1.0 + 2**-9, 0.7):
+        mean, var, weight = torch.zeros(1), torch.ones(1) - 1e-5, torch.tensor([factor])
+        y, _, _ = native.forward(
+            x, None, None, weight, None, mean, var, torch.tensor(0), None, limits, SCHEDULE, 0.0, 1e-5, None
+        )
+        expected = (x.float() * (weight / torch.sqrt(var + torch.tensor(1e-5)))).to(dtype)
+        keep = (expected == 0) | (expected.abs() >= smallest)
+        assert torch.equal(y[keep], expected[keep])
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_views_with_gaps_between_rows(channels_last):
+    """Rows that start anywhere, with NaN between them that must not be read, and numbers that must not be written."""
+    case = Case((6, 20, 9, 10), torch.float32, channels_last)
+    expected, _ = case.run()
+    wide = torch.full((6, 25, 9, 10) if not channels_last else (6, 9, 10, 25), float("nan"))
+    view = wide[:, 3:23] if not channels_last else wide[..., 3:23].movedim(-1, 1)
+    view.copy_(case.x)
+    case.x = view
+    assert layout.strides_in(view, layout.layout_of(view)) is not None, "used where it lies"
+    ours, _ = case.run()
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert wide.isnan().sum() == wide.numel() - view.numel()
+
+
+def test_large_results_past_the_caches(threads):
+    """Over half the last cache results are streamed: same values, both layouts, a row start that is not aligned."""
+    threads(2)
+    for channels_last in (False, True):
+        case = Case((4, 96, 150, 151), torch.float32, channels_last, activation="relu")
+        check(case)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_a_bad_channel_leaves_its_neighbours_alone(bad, channels_last):
+    case = Case((4, 30, 6, 6), torch.float32, channels_last, residual=True, activation="relu", limits=(1e6, 1e6))
+    (clean, *_), clean_state = case.run()
+    case.x[1, 7, 2, 3] = bad
+    (y, *_), state = case.run()
+    others = [i for i in range(30) if i != 7]
+    assert torch.equal(y[:, others], clean[:, others])
+    assert y[:, 7].isnan().any() and y[1, 7, 2, 3].isnan() or bad == float("inf")
+    assert torch.equal(state[0][others], clean_state[0][others])
+    assert state[0][7] == case.running_mean[7] and state[1][7] == case.running_var[7], "its statistics did not move"
+    assert state[3][7] and not state[3][others].any()
+
+
+def test_parameters_of_any_dtype():
+    case = Case((4, 6, 8, 8), torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        mean, var = case.running_mean.to(dtype), case.running_var.to(dtype)
+        arguments = (case.x, None, None, case.weight.to(dtype), case.bias.to(dtype))
+        others = (torch.tensor(0), torch.zeros(6, dtype=torch.bool), None, SCHEDULE, 0.1, 1e-5, None)
+        ours, theirs = [mean.clone(), var.clone()], [mean.clone(), var.clone()]
+        y, *_ = native.forward(*arguments, *ours, *others)
+        expected, *_ = reference.forward(*arguments, *theirs, *others)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_variance_too_large_for_its_dtype_is_not_stored():
+    x = torch.randn(64, 1, 4) * 2000
+    var = torch.ones(1, dtype=torch.float16)
+    native.forward(
+        x, None, None, None, None, torch.zeros(1), var, torch.tensor(0), None, None, SCHEDULE, 0.9, 1e-5, None
+    )
+    assert var.item() == 1
