@@ -3,6 +3,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 COMPILE_ARGS ?=
 BUILD_ARGS  ?=
+BENCH_ARGS  ?=
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
@@ -11,7 +12,7 @@ PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CSRC  := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test test-gpu sanitize compile-check wheel-check check clean
+.PHONY: help install build demo test test-gpu sanitize bench compile-check wheel-check check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +27,7 @@ demo: $(STAMP) ## run the demonstration (DEMO_ARGS="--help" lists its options)
 
 # One thread a worker: the workers already fill the cores.
 test: $(STAMP) $(BUILT) ## run the tests (PYTEST_ARGS="-k name" selects some)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) $(BUILT) ## run all tests on the GPU
 	$(BIN)/python -m pytest --device cuda $(PYTEST_ARGS)
@@ -37,7 +38,11 @@ sanitize: $(STAMP) ## run the native backend's tests under AddressSanitizer and 
 	$(BIN)/brn build --sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 BRN_KERNELS_SANITIZE=1 OMP_NUM_THREADS=2 \
-	    $(BIN)/python -m pytest -n auto --maxprocesses 8 -k native $(PYTEST_ARGS)
+	    $(BIN)/python -m pytest -p no:benchmark -n auto --maxprocesses 8 -k native $(PYTEST_ARGS)
+
+# Saved, so that a change can be compared: BENCH_ARGS="--benchmark-compare"
+bench: $(STAMP) $(BUILT) ## time layers against their peers (BENCH_ARGS="--every-layer -k both" selects)
+	$(BIN)/python -m pytest bench --benchmark-autosave --benchmark-columns=median,iqr,rounds $(BENCH_ARGS)
 
 compile-check: $(STAMP) ## compile all Triton kernels for GPUs, without one: registers, spills, access widths
 	$(BIN)/python scripts/compile_check.py $(COMPILE_ARGS)

@@ -21,6 +21,12 @@ class BatchNorm(nn.Module):
         return y if self.what == "plain" else F.relu(y)
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """The model compiled for itself: without the reset, dynamo gives up after 8 layers that share their code."""
+    torch._dynamo.reset()
+    return torch.compile(model, dynamic=False, fullgraph=True)
+
+
 class TorchBatchRenorm(nn.Module):
     """Batch Renormalization as one writes it from the paper: PyTorch's operations, differentiated by autograd."""
 

@@ -81,7 +81,7 @@ def candidates(channels: int, activation: str | None, x: Tensor) -> dict[str, nn
     return {
         "ours": settled(channels, activation, x),
         "BatchNorm": peers.BatchNorm(channels, what).to(device),
-        "compiled BatchNorm": torch.compile(peers.BatchNorm(channels, what).to(device), dynamic=False),
+        "compiled BatchNorm": peers.compiled(peers.BatchNorm(channels, what).to(device)),
         "torch BRN": peers.TorchBatchRenorm(channels, what).to(device),
     }
 

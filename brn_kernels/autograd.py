@@ -17,21 +17,20 @@ class BatchRenormFunction(torch.autograd.Function):
     The arguments are those of ``ops.forward``; the first output is y, the others are what the backward needs.
     """
 
+    # Not split into forward and setup_context: PyTorch then inspects the signature at every call, which takes longer
+    # than all else that the host does here.
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
-        return ops.forward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: D102
-        x, residual, mask, weight, bias = inputs[:5]
-        ctx.eps, ctx.activation, ctx.backend, _ = inputs[12:]
-        _, saved, bits = output
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
+        x, residual, mask, weight, bias = arguments[:5]
+        ctx.eps, ctx.activation, ctx.backend, _ = arguments[12:]
+        y, saved, bits = ops.forward(*arguments)
         ctx.mark_non_differentiable(saved, bits)
         ctx.set_materialize_grads(False)
         if ctx.activation is None or reference.keeps_bits(residual, ctx.activation):
             residual = None  # the backward does without it
         ctx.channels_last = layout.layout_of(x).channels_last if bits.numel() > 0 else None
         ctx.save_for_backward(x, residual, mask, weight, bias, saved, bits)
+        return y, saved, bits
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # noqa: D102

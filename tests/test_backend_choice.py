@@ -130,3 +130,21 @@ def test_import_works_where_triton_is_missing():
     run = in_a_new_process(code)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("torch.Size([4, 3]) ") and not run.stdout.strip().endswith("None")
+
+
+def test_auto_takes_the_compiled_loops_on_cpus():
+    if reason := brn.available_backends()["native"]:
+        pytest.skip(reason)
+    backends._resolve.cache_clear()
+    assert backends.resolve("auto", "cpu").__name__ == "brn_kernels.backends.native"
+
+
+def test_without_a_compiled_library_native_says_what_to_do(tmp_path):
+    code = (
+        "import brn_kernels as brn\n"
+        "from brn_kernels import build\n"
+        "build.find = lambda sanitize=False: 'not built: run `brn build`'\n"
+        "print(brn.available_backends()['native'], brn.backends.resolve('auto', 'cpu').__name__)\n"
+    )
+    printed = in_a_new_process(code).stdout
+    assert printed.split() == ["not", "built:", "run", "`brn", "build`", "brn_kernels.backends.reference"]
