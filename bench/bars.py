@@ -173,7 +173,9 @@ def main() -> int:
     rows += [[what, "fp32", f"{value:.1f}", "", ""] for what, value in host_microseconds()]
     print(tabulate(rows, ["what", "format", "measured", "bar", ""], disable_numparse=True))
     columns = ("what", "format", "measured", "bar", "met")
-    write_csv(arguments.out, [dict(zip(columns, row, strict=True)) | {"triton": triton.__version__} for row in rows])
+    write_csv(
+        arguments.out, [dict(zip(columns, row, strict=True)) | {"triton": triton.__version__} for row in rows], "cuda"
+    )
     print(f"\n{arguments.out} written")
     return 1 if missed else 0
 

@@ -63,7 +63,9 @@ def pytest_terminal_summary(terminalreporter, config):
     if path := config.getoption("--csv"):
         from bench.record import write_csv
 
-        write_csv(path, [{key: case[key] for key in ("layer", *keys)} | case["ratios"] for case in cases])
+        about = {"batch": config.getoption("--batch")}
+        rows = [{key: case[key] for key in ("layer", *keys)} | about | case["ratios"] for case in cases]
+        write_csv(path, rows, config.getoption("--device"))
         terminalreporter.write_line(f"{path} written")
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """Device, versions, commit and date."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
         "torch": torch.__version__,
         "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
         "date": str(datetime.date.today()),
@@ -31,9 +31,9 @@ def processor() -> str:
     return f"{name}, {torch.get_num_threads()} threads, {torch.ops.brn_kernels_native.instruction_set()}"
 
 
-def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
-    """One line for each row, with the machine's on each."""
-    about = machine()
+def write_csv(path: str, rows: Sequence[dict[str, Any]], device: str) -> None:
+    """One line for each row, with what ``device`` they were measured on."""
+    about = machine(device)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *about])
@@ -43,4 +43,5 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+    here = Path(__file__).parent
+    return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True).stdout.strip()

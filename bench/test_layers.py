@@ -6,6 +6,7 @@ every peer once, so that a ratio holds on a noisy machine: all saw the same nois
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -43,9 +44,12 @@ def test_layer(benchmark, request, device, layer, layout, dtype, activation, dir
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
 
+    order, shuffle = list(calls), random.Random(0).shuffle  # nobody always follows the same one
+
     def time_all() -> None:
-        for name, call in calls.items():
-            times[name].append(seconds(call, device))
+        shuffle(order)
+        for name in order:
+            times[name].append(seconds(calls[name], device))
 
     benchmark.pedantic(calls["ours"], setup=time_all, rounds=ROUNDS)
     ours = times.pop("ours")

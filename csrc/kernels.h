@@ -21,7 +21,7 @@ const char* error_message(int error);
 void forward(const ForwardArguments& arguments);
 void backward(const BackwardArguments& arguments);
 
-// The instruction set in use: "avx512", "avx2" or "baseline".
+// The instruction set in use: "avx512bf16", "avx512", "avx2" or "baseline".
 const char* instruction_set();
 
 #endif

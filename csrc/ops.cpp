@@ -38,9 +38,26 @@ brn::DType dtype_of(const Tensor& tensor) {
   }
 }
 
-brn::Layout layout_of(const std::vector<int64_t>& sizes) {
+brn::Layout layout_of(const std::vector<int64_t>& sizes, const Tensor& x) {
   STD_TORCH_CHECK(sizes.size() == 4, "layout: channels_last, outer, channels, inner");
-  return {sizes[0] != 0, sizes[1], sizes[2], sizes[3]};
+  const brn::Layout layout = {sizes[0] != 0, sizes[1], sizes[2], sizes[3]};
+  const int64_t values = layout.outer * (layout.channels_last ? 1 : layout.channels) * layout.inner;
+  STD_TORCH_CHECK(values == x.numel() && values > 0, "layout: of another tensor than x");
+  return layout;
+}
+
+brn::Activation activation_of(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code <= static_cast<int64_t>(brn::Activation::hardswish), "activation: unknown");
+  return static_cast<brn::Activation>(code);
+}
+
+uint8_t* bits_of(const MaybeTensor& bits, const brn::Layout& layout) {
+  if (!bits.has_value()) return nullptr;
+  const int64_t rows = layout.outer * (layout.channels_last ? 1 : layout.channels);
+  STD_TORCH_CHECK(bits->scalar_type() == ScalarType::Byte && bits->is_contiguous() &&
+                      bits->numel() == rows * ((layout.inner + 7) / 8),
+                  "bits: whole bytes for each row");
+  return static_cast<uint8_t*>(bits->data_ptr());
 }
 
 // Strides 2 * i and 2 * i + 1 are those of activation tensor i.
@@ -89,20 +106,24 @@ void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTe
              MaybeTensor running_mean, MaybeTensor running_var, MaybeTensor num_batches_tracked, MaybeTensor clipped,
              MaybeTensor limits, Tensor saved, std::vector<int64_t> layout, std::vector<int64_t> strides,
              std::vector<double> schedule, std::optional<double> momentum, double eps, int64_t activation) {
-  const brn::Layout shape = layout_of(layout);
+  const brn::Layout shape = layout_of(layout, x);
   check_saved(saved, x, shape);
   STD_TORCH_CHECK(schedule.size() == 5, "schedule: r_max, d_max, hold, r_ramp, d_ramp");
   STD_TORCH_CHECK(!num_batches_tracked.has_value() || num_batches_tracked->scalar_type() == ScalarType::Long,
                   "num_batches_tracked: int64");
-  STD_TORCH_CHECK(!clipped.has_value() || (clipped->scalar_type() == ScalarType::Bool && clipped->is_contiguous()),
-                  "clipped: bool");
+  STD_TORCH_CHECK(!clipped.has_value() || (clipped->scalar_type() == ScalarType::Bool && clipped->is_contiguous() &&
+                                           clipped->numel() == shape.channels),
+                  "clipped: bool, one for each channel");
+  STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(), "running_mean and running_var: both or neither");
+  STD_TORCH_CHECK(momentum.has_value() || num_batches_tracked.has_value() || !running_mean.has_value(),
+                  "a cumulative average needs num_batches_tracked");
   brn::ForwardArguments arguments;
   arguments.dtype = dtype_of(x);
   arguments.layout = shape;
   arguments.x = side(x, x, strides, 0);
   arguments.residual = side(residual, x, strides, 1);
   arguments.y = side(y, x, strides, 2);
-  arguments.bits = data_or_null<uint8_t>(bits);
+  arguments.bits = bits_of(bits, shape);
   arguments.weight = per_channel(weight, shape.channels);
   arguments.bias = per_channel(bias, shape.channels);
   arguments.running_mean = per_channel(running_mean, shape.channels);
@@ -118,7 +139,7 @@ void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTe
   arguments.cumulative = !momentum.has_value();
   arguments.momentum = momentum.value_or(0);
   arguments.eps = eps;
-  arguments.activation = static_cast<brn::Activation>(activation);
+  arguments.activation = activation_of(activation);
   arguments.saved = saved.data_ptr();
   run(brn::forward, arguments, x);
 }
@@ -126,7 +147,7 @@ void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTe
 void backward(Tensor dy, Tensor x, MaybeTensor residual, MaybeTensor bits, MaybeTensor weight, MaybeTensor bias,
               Tensor saved, MaybeTensor dx, MaybeTensor dresidual, Tensor dweight, Tensor dbias,
               std::vector<int64_t> layout, std::vector<int64_t> strides, int64_t activation) {
-  const brn::Layout shape = layout_of(layout);
+  const brn::Layout shape = layout_of(layout, x);
   check_saved(saved, x, shape);
   brn::BackwardArguments arguments;
   arguments.dtype = dtype_of(x);
@@ -136,11 +157,16 @@ void backward(Tensor dy, Tensor x, MaybeTensor residual, MaybeTensor bits, Maybe
   arguments.residual = side(residual, x, strides, 2);
   arguments.dx = side(dx, x, strides, 3);
   arguments.dresidual = side(dresidual, x, strides, 4);
-  arguments.bits = data_or_null<uint8_t>(bits);
+  arguments.bits = bits_of(bits, shape);
   arguments.weight = per_channel(weight, shape.channels);
   arguments.bias = per_channel(bias, shape.channels);
-  arguments.activation = static_cast<brn::Activation>(activation);
+  arguments.activation = activation_of(activation);
   arguments.saved = saved.data_ptr();
+  for (const Tensor& gradient : {dweight, dbias}) {
+    STD_TORCH_CHECK(
+        gradient.scalar_type() == saved.scalar_type() && gradient.numel() == shape.channels && gradient.is_contiguous(),
+        "dweight, dbias: one for each channel, of the statistics' dtype");
+  }
   arguments.dweight = dweight.data_ptr();
   arguments.dbias = dbias.data_ptr();
   run(brn::backward, arguments, x);

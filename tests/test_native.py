@@ -177,7 +177,8 @@ def test_every_instruction_set(name):
         "import torch, pytest, sys\n"
         "from brn_kernels.backends import native\n"
         "assert native.unusable('cpu') is None\n"
-        f"if torch.ops.brn_kernels_native.instruction_set() != {name!r}: sys.exit(77)\n"
+        "try: print(torch.ops.brn_kernels_native.instruction_set())\n"
+        "except RuntimeError as error: assert 'has no such loops' in str(error); sys.exit(77)\n"
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))\n"
     )
     here, package = os.path.dirname(__file__), os.path.dirname(os.path.dirname(brn_kernels.__file__))
@@ -228,7 +229,7 @@ def test_views_with_gaps_between_rows(channels_last):
 
 
 def test_large_results_past_the_caches(threads):
-    """Over half the last cache results are streamed: same values, both layouts, a row start that is not aligned."""
+    """Results over a quarter of the last cache are streamed; here with rows that do not start on a line."""
     threads(2)
     for channels_last in (False, True):
         case = Case((4, 96, 150, 151), torch.float32, channels_last, activation="relu")
@@ -244,7 +245,7 @@ def test_a_bad_channel_leaves_its_neighbours_alone(bad, channels_last):
     (y, *_), state = case.run()
     others = [i for i in range(30) if i != 7]
     assert torch.equal(y[:, others], clean[:, others])
-    assert y[:, 7].isnan().any() and y[1, 7, 2, 3].isnan() or bad == float("inf")
+    assert y[:, 7].isnan().all()
     assert torch.equal(state[0][others], clean_state[0][others])
     assert state[0][7] == case.running_mean[7] and state[1][7] == case.running_var[7], "its statistics did not move"
     assert state[3][7] and not state[3][others].any()
@@ -270,3 +271,58 @@ def test_a_variance_too_large_for_its_dtype_is_not_stored():
         x, None, None, None, None, torch.zeros(1), var, torch.tensor(0), None, None, SCHEDULE, 0.9, 1e-5, None
     )
     assert var.item() == 1
+
+
+@pytest.mark.parametrize("shape", [(20000, 8, 3), (6000, 2, 7, 7), (70000, 3)], ids=str)
+@pytest.mark.parametrize("gap", [False, True], ids=["dense", "with gaps"])
+def test_sums_of_very_many_equal_values_do_not_drift(shape, gap, threads):
+    """A float32 sum of 0.1, term by term, is off by 1e-4 after as many terms as here."""
+    threads(1)
+    x = torch.randn(*shape[:-1], shape[-1] + 1)[..., :-1] if gap else torch.randn(shape)
+    dy = torch.full(shape, 0.1)
+    saved = torch.stack([torch.zeros(shape[1]), torch.ones(shape[1]), torch.ones(shape[1]), torch.zeros(shape[1])])
+    bits = reference.empty_bits(x)
+    _, dweight, dbias, _ = native.backward(dy, x, None, None, None, None, saved, bits, None, True, False)
+    dims = [i for i in range(x.dim()) if i != 1]
+    torch.testing.assert_close(dbias.double(), dy.double().sum(dims), rtol=UNITS * 2**-23, atol=0)
+    truth = (dy.double() * x.double()).sum(dims)
+    assert (dweight.double() - truth).abs().max() <= UNITS * 2**-23 * (dy.double() * x.double().abs()).sum(dims).max()
+
+
+@pytest.mark.parametrize("shape", [(5000, 2, 7, 7), (5000, 2, 4), (300, 2, 70, 70), (5000, 2)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_a_first_sample_unlike_all_others_does_not_spoil_the_variance(shape, channels_last, threads):
+    """Padding in front: the sums' origin is far from the mean."""
+    threads(1)
+    x = 1000 + torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x[0] = 0
+    x = to_channels_last(x) if channels_last else x
+    others = (None, None, None, None, None, None, SCHEDULE, 0.1, 1e-5, None)
+    _, saved, _ = native.forward(x, None, None, None, *others[:6], *others[6:])
+    _, truth, _ = reference.forward(x.double(), None, None, None, *others[:6], *others[6:])
+    torch.testing.assert_close(saved.double(), truth, rtol=1e-4, atol=1e-6)
+
+
+def test_silu_of_the_very_large():
+    x = torch.tensor([0.0, 1.0]).view(2, 1, 1)
+    huge = torch.tensor([-3e38, -float("inf"), 3e38, float("inf"), -200.0, float("nan"), 90.0, -90.0]).view(1, 1, 8)
+    residual = huge.expand(2, 1, 8)
+    x = x.expand(2, 1, 8).contiguous()
+    others = (None, None, None, None, None, None, None, SCHEDULE, 0.1, 1e-5, "silu")
+    ours, _, _ = native.forward(x, residual, None, *others)
+    theirs, _, _ = reference.forward(x, residual, None, *others)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_a_cumulative_average_without_a_counter_is_refused():
+    x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="a cumulative average needs num_batches_tracked"):
+        native.forward(x, None, None, None, None, mean, var, None, None, None, SCHEDULE, None, 1e-5, None)
+
+
+def test_a_clipped_buffer_of_another_size_is_refused():
+    x, mean, var = torch.randn(4, 64), torch.zeros(64), torch.ones(64)
+    clipped = torch.zeros(4, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="clipped: bool, one for each channel"):
+        native.forward(x, None, None, None, None, mean, var, torch.tensor(0), clipped, None, SCHEDULE, 0.1, 1e-5, None)
+    assert torch.equal(mean, torch.zeros(64))

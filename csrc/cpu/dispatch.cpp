@@ -1,6 +1,7 @@
 // Which instruction set's loops run, found out once, PyTorch's threads for them to run on, and the memory they write.
 #include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -28,12 +29,12 @@ BRN_DECLARE(avx512bf16)
 
 namespace {
 
-// BRN_KERNELS_ISA names one that is no better than the machine's: for tests and comparisons.
+// BRN_KERNELS_ISA asks for one by name: for tests and comparisons.
 Loops choose() {
-  const Loops baseline = {"baseline", forward_baseline, backward_baseline};
-#ifdef BRN_X86_ISAS
   const char* asked = std::getenv("BRN_KERNELS_ISA");
+  if (asked != nullptr && *asked == 0) asked = nullptr;
   const auto allowed = [&](const char* name) { return asked == nullptr || std::strcmp(asked, name) == 0; };
+#ifdef BRN_X86_ISAS
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -43,7 +44,8 @@ Loops choose() {
   if (avx512 && allowed("avx512")) return {"avx512", forward_avx512, backward_avx512};
   if (avx2 && allowed("avx2")) return {"avx2", forward_avx2, backward_avx2};
 #endif
-  return baseline;
+  STD_TORCH_CHECK(allowed("baseline"), "BRN_KERNELS_ISA=", asked, ": this processor, or this build, has no such loops");
+  return {"baseline", forward_baseline, backward_baseline};
 }
 
 const Loops& loops() {
@@ -80,7 +82,7 @@ Parallel parallel() {
 }
 
 // Asks for huge pages where a tensor that is about to be written covers them whole: of a fresh large tensor, the first
-// touch of its 4 KB pages costs several times what the arithmetic does. Memory in use does not grow by it.
+// touch of its 4 KB pages costs several times what the arithmetic does. Only pages within the tensor are asked for.
 void advise_huge_pages([[maybe_unused]] const Layout& layout, [[maybe_unused]] DType dtype,
                        [[maybe_unused]] const Side& side) {
 #ifdef MADV_HUGEPAGE

@@ -12,8 +12,8 @@ constexpr double kLeakyReluSlope = 0.01;  // reference.LEAKY_RELU_SLOPE
 // e^x to about one unit in the last place.
 BRN_INLINE Vector<float> exponential(Vector<float> x) {
   using Bits = VectorTypes<float>::Bits;
-  const Vector<float> low = broadcast(-87.0f), high = broadcast(88.0f);
-  Vector<float> v = x < low ? low : x;  // NaN stays
+  const Vector<float> low = broadcast(-87.0f), high = broadcast(88.0f), infinity = broadcast(__builtin_inff());
+  Vector<float> v = x < low ? low : x;
   v = v > high ? high : v;
   const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vector<float> shifted = v * 1.44269504088896341f + shifter;
@@ -27,7 +27,9 @@ BRN_INLINE Vector<float> exponential(Vector<float> x) {
   p = p * v + 5.0000001201e-1f;
   p = p * (v * v) + v + 1.0f;
   const Bits exponent = reinterpret_cast<Bits>(shifted) << 23;  // the integer sits in the lowest bits
-  return reinterpret_cast<Vector<float>>(reinterpret_cast<Bits>(p) + exponent);
+  p = reinterpret_cast<Vector<float>>(reinterpret_cast<Bits>(p) + exponent);
+  p = x > high ? infinity : p;
+  return x == x ? p : x;
 }
 
 BRN_INLINE Vector<double> exponential(Vector<double> x) {

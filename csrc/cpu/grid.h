@@ -10,9 +10,9 @@ namespace {
 constexpr int64_t kUnitColumns = 2048;
 constexpr int64_t kNarrowRow = 128;        // channels: rows of fewer are joined with their neighbours
 constexpr int64_t kNarrowPlane = 48;       // positions: planes of fewer are seen by columns
-constexpr int64_t kSplitRows = 4096;       // a bound on the length of a sum
+constexpr int64_t kSplitValues = 4096;     // of a channel: bounds the length of a sum, and its distance from the origin
+constexpr int64_t kSplitPlanes = 512;      // likewise, where a row has one plane of each channel
 constexpr int64_t kRowsOfSums = 16;        // for each load and store of a column's sums; with nothing to sum, one
-constexpr int64_t kRowsOfWrites = 1;       // with nothing to sum, the order of memory is best
 constexpr int64_t kChunkElements = 16384;  // read for the sums, then again from the cache for what is written
 constexpr int64_t kOriginValues = 32;      // of a channel, for the origin of its sums
 
@@ -78,10 +78,12 @@ struct Grid {
   Plan plan(int tensors, int64_t itemsize, const Parallel& parallel) const {
     const int64_t columns = least(unit_channels, channels) * repeat;
     const bool fits_cache = rows * columns * tensors * itemsize <= parallel.cache_bytes;
-    return plan_of(channels, unit_channels, rows, columns, kSplitRows, fits_cache, parallel);
+    const int64_t at_most = planes ? kSplitPlanes : most(kRowsOfSums, kSplitValues / repeat);
+    return plan_of(channels, unit_channels, rows, columns, at_most, fits_cache, parallel);
   }
 };
 
+// Whether rows that grid_of may join lie side by side.
 inline __attribute__((always_inline)) bool is_dense(const Layout& layout, const Side& side) {
   if (side.data == nullptr) return true;
   if (layout.channels_last) return side.outer_stride == layout.inner;

@@ -46,7 +46,7 @@ template <typename T>
 class Scratch {
  public:
   explicit Scratch(int64_t count) : data_(static_cast<T*>(aligned_alloc(64, bytes(count)))) {
-    if (data_ == nullptr) abort();  // of some KB
+    if (data_ == nullptr) abort();  // some values for each channel, no more
   }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kPieceElements = 16384;  // of a plane; a multiple of every group
 constexpr int64_t kAhead = 1024;           // elements between what is read and what is prefetched
+constexpr int64_t kRunPieces = 64;
 constexpr int64_t kSplitElements = 1 << 18;
 
 // Where item `i` of a channel lies.
@@ -20,6 +21,8 @@ struct Pieces {
 
   int64_t items() const { return layout.outer * in_plane; }
   int64_t length(int64_t i) const { return least(kPieceElements, layout.inner - i % in_plane * kPieceElements); }
+  // Pieces that are summed in the arithmetic's dtype; beyond that, sums are double.
+  int64_t run() const { return most(1, least(kRunPieces, kPieceElements / layout.inner)); }
   int64_t elements(int64_t first, int64_t end) const {
     int64_t sum = 0;
     for (int64_t i = first; i < end; ++i) sum += length(i);
@@ -68,16 +71,26 @@ class ForwardPlanes {
 
   void first(int64_t channel, int64_t split) {
     const int64_t first = split * plan_.per_split, end = least(first + plan_.per_split, plan_.items);
-    const A origin = mean_of_start(pieces_.template at<const S>(a_.x, channel, first), pieces_.length(first));
-    Sums<A> sums = no_sums<A>();
-    if (written_[channel]) {
-      const Coefficients<A> c = predicted_coefficients<A>(a_, channel);
-      for (int64_t i = first; i < end; ++i) row<true, true>(channel, i, origin, c, sums);
-    } else {
-      for (int64_t i = first; i < end; ++i) row<true, false>(channel, i, origin, {}, sums);
+    const bool speculates = written_[channel];
+    const Coefficients<A> c = speculates ? predicted_coefficients<A>(a_, channel) : Coefficients<A>{};
+    A origin = mean_of_start(pieces_.template at<const S>(a_.x, channel, first), pieces_.length(first));
+    Moments moments = {};
+    for (int64_t begin = first; begin < end; begin += pieces_.run()) {
+      const int64_t stop = least(begin + pieces_.run(), end);
+      Sums<A> sums = no_sums<A>();
+      for (int64_t i = begin; i < stop; ++i) {
+        if (speculates) {
+          row<true, true>(channel, i, origin, c, sums);
+        } else {
+          row<true, false>(channel, i, origin, c, sums);
+        }
+      }
+      const double count = static_cast<double>(pieces_.elements(begin, stop));
+      const Moments more = moments_of(count, origin, total(sums.s1), total(sums.s2));
+      moments = begin == first ? more : merged(moments, more);
+      origin = static_cast<A>(moments.mean);  // nearer to the mean of what follows
     }
-    const double count = static_cast<double>(pieces_.elements(first, end));
-    partials_[channel * plan_.splits + split] = moments_of(count, origin, total(sums.s1), total(sums.s2));
+    partials_[channel * plan_.splits + split] = moments;
   }
 
   void finish(int64_t begin, int64_t end) {
@@ -154,11 +167,14 @@ class BackwardPlanes {
   void first(int64_t channel, int64_t split) {
     const int64_t first = split * plan_.per_split, end = least(first + plan_.per_split, plan_.items);
     const BackwardCoefficients<A> c = backward_coefficients<A>(a_, channel);
-    Sums<A> sums = no_sums<A>();
-    for (int64_t i = first; i < end; ++i) row<false>(channel, i, c, sums);
     double* partial = partials_ + 2 * (channel * plan_.splits + split);
-    partial[0] = total(sums.s1);
-    partial[1] = total(sums.s2);
+    partial[0] = partial[1] = 0;
+    for (int64_t begin = first; begin < end; begin += pieces_.run()) {
+      Sums<A> sums = no_sums<A>();
+      for (int64_t i = begin; i < least(begin + pieces_.run(), end); ++i) row<false>(channel, i, c, sums);
+      partial[0] += total(sums.s1);
+      partial[1] += total(sums.s2);
+    }
   }
 
   void finish(int64_t begin, int64_t end) {
