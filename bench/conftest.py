@@ -40,7 +40,7 @@ def pytest_terminal_summary(terminalreporter, config):
     cases = [bench.extra_info for bench in session.benchmarks if "ratios" in bench.extra_info] if session else []
     if not cases:
         return
-    peers = list(cases[0]["ratios"])
+    peers = list(dict.fromkeys(peer for case in cases for peer in case["ratios"]))
     keys = ("direction", "activation", "dtype", "layout")
     groups = {}
     for case in cases:
@@ -64,13 +64,18 @@ def pytest_terminal_summary(terminalreporter, config):
         from bench.record import write_csv
 
         about = {"batch": config.getoption("--batch")}
-        rows = [{key: case[key] for key in ("layer", *keys)} | about | case["ratios"] for case in cases]
+        rows = [
+            {key: case[key] for key in ("layer", *keys)} | about | {peer: case["ratios"].get(peer) for peer in peers}
+            for case in cases
+        ]
         write_csv(path, rows, config.getoption("--device"))
         terminalreporter.write_line(f"{path} written")
 
 
 def geometric_mean(ratios, peer):
-    return math.exp(statistics.fmean(math.log(each[peer]) for each in ratios))
+    """Over the cases that were compared with that peer; None if none was."""
+    logs = [math.log(each[peer]) for each in ratios if peer in each]
+    return math.exp(statistics.fmean(logs)) if logs else None
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def test_layer(benchmark, request, device, layer, layout, dtype, activation, dir
     benchmark.group = f"{direction}, {activation or 'plain'}, {dtype}, {layout}"
     benchmark.extra_info.update(
         name=request.node.name, layer=f"{channels}x{size}x{size}", direction=direction,
-        activation=activation or "plain", dtype=dtype, layout=layout, ratios={"clone": float("nan")} | ratios,
+        activation=activation or "plain", dtype=dtype, layout=layout, ratios=ratios,
     )  # fmt: skip
 
 

@@ -10,21 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import backends
 from .backends.layout import bits_shape
 from .backends.reference import keeps_bits, statistics_dtype
 
-_library = torch.library.Library("brn_kernels", "DEF")
-_library.define(
+_operators = library.Library("brn_kernels", "DEF")
+_operators.define(
     "forward(Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? clipped,"
     " Tensor? limits, float[] schedule, float? momentum, float eps, str? activation, str backend, bool traced)"
     " -> (Tensor y, Tensor saved, Tensor bits)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_library.define(
+_operators.define(
     "backward(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor saved,"
     " Tensor bits, str? activation, bool needs_dx, bool needs_dresidual, str backend)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
@@ -32,7 +32,7 @@ _library.define(
 )
 
 
-@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
+@library.impl(_operators, "forward", "CompositeExplicitAutograd")
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, backend, traced = arguments
     if traced and torch._C._current_graph_task_id() != -1 and rest[4] is not None:
@@ -43,13 +43,13 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return backends.resolve(backend, x.device.type).forward(x, *rest)
 
 
-@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+@library.impl(_operators, "backward", "CompositeExplicitAutograd")
 def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *rest, backend = arguments
     return backends.resolve(backend, x.device.type).backward(dy, x, *rest)
 
 
-@torch.library.register_fake("brn_kernels::forward", lib=_library)
+@library.register_fake("brn_kernels::forward", lib=_operators)
 def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     activation, _, _ = rest[-3:]
     channels = x.shape[1] if x.dim() > 1 else 0
@@ -59,7 +59,7 @@ def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tenso
     return torch.empty_like(x), saved, bits
 
 
-@torch.library.register_fake("brn_kernels::backward", lib=_library)
+@library.register_fake("brn_kernels::backward", lib=_operators)
 def _fake_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     saved, _, _, needs_dx, needs_dresidual, _ = arguments[4:]
     dweight, dbias = saved.new_empty(saved.shape[1]), saved.new_empty(saved.shape[1])
