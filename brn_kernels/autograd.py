@@ -14,38 +14,43 @@ from .backends import layout, reference
 class BatchRenormFunction(torch.autograd.Function):
     """Training-mode Batch Renormalization; gradients for x, residual, weight and bias, with r and d constant.
 
-    The arguments are those of ``ops.forward``; the first output is y, the others are what the backward needs.
+    ``rest`` are the arguments of ``ops.forward`` after the differentiable ones.
     """
 
     # Not split into forward and setup_context: PyTorch then inspects the signature at every call, which takes longer
     # than all else that the host does here.
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
-        x, residual, mask, weight, bias = arguments[:5]
-        ctx.eps, ctx.activation, ctx.backend, _ = arguments[12:]
-        y, saved, bits = ops.forward(*arguments)
-        ctx.mark_non_differentiable(saved, bits)
+    def forward(  # noqa: D102
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rest: tuple[Any, ...],
+    ) -> Tensor:
+        ctx.eps, ctx.activation, ctx.backend, _ = rest[7:]
+        y, saved, bits = ops.run_forward(x, residual, mask, weight, bias, *rest)
         ctx.set_materialize_grads(False)
         if ctx.activation is None or reference.keeps_bits(residual, ctx.activation):
             residual = None  # the backward does without it
         ctx.channels_last = layout.layout_of(x).channels_last if bits.numel() > 0 else None
         ctx.save_for_backward(x, residual, mask, weight, bias, saved, bits)
-        return y, saved, bits
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # noqa: D102
-        untouched = (None,) * 11
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         if dy is None:
-            return (None,) * 5 + untouched
+            return (None,) * 6
         x, residual, mask, weight, bias, saved, bits = ctx.saved_tensors
         if ctx.channels_last is not None:  # the bits are in the order that x had
             x = layout.kept_in(x, ctx.channels_last)
         needs_dx, needs_dresidual, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, dy, x, residual, mask, weight, bias, saved, bits) + untouched
+            return _differentiable_backward(ctx, dy, x, residual, mask, weight, bias, saved, bits)
 
         dresidual_is_dy = needs_dresidual and ctx.activation is None and mask is None
-        dx, dweight, dbias, dresidual = ops.backward(
+        dx, dweight, dbias, dresidual = ops.run_backward(
             dy, x, residual, mask, weight, bias, saved, bits, ctx.activation,
             needs_dx, needs_dresidual and not dresidual_is_dy, ctx.backend,
         )  # fmt: skip
@@ -55,7 +60,7 @@ class BatchRenormFunction(torch.autograd.Function):
             None,
             dweight.to(weight.dtype) if needs_dweight else None,
             dbias.to(bias.dtype) if needs_dbias else None,
-            *untouched,
+            None,
         )
 
 
@@ -79,7 +84,7 @@ def _differentiable_backward(
     aliases = [None if t is None else t.view_as(t) for t in inputs]
     y = reference.composed(*aliases, saved, ctx.eps, activation)  # type: ignore[arg-type, call-arg]
     wanted = {i: t for i, t in enumerate(aliases) if t is not None and ctx.needs_input_grad[i]}
-    gradients: list[Tensor | None] = [None] * 5
+    gradients: list[Tensor | None] = [None] * 6
     found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=True, allow_unused=True)
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient

@@ -111,12 +111,13 @@ def renormalize(
     # Dynamo cannot trace a Function none of whose inputs wants a gradient; transforms must see it, to be refused
     differentiated = any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
     as_function = differentiated and torch.is_grad_enabled() or not traced and _is_transformed()
-    call = BatchRenormFunction.apply if as_function else ops.forward
-    y, *_ = call(
-        x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
-        momentum, eps, activation, backends.selected(), traced,
+    rest = (
+        running_mean, running_var, num_batches_tracked, clipped, limits, schedule, momentum, eps, activation,
+        backends.selected(), traced,
     )  # fmt: skip
-    return y
+    if as_function:
+        return BatchRenormFunction.apply(x, residual, mask, weight, bias, rest)
+    return ops.run_forward(x, residual, mask, weight, bias, *rest)[0]
 
 
 def _evaluate(

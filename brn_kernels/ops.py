@@ -70,3 +70,24 @@ def _fake_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tens
 
 forward = torch.ops.brn_kernels.forward.default
 backward = torch.ops.brn_kernels.backward.default
+
+
+def run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``forward``; where nobody observes operators, its implementation, which saves 10 us of dispatch."""
+    return (forward if _is_observed(arguments[0]) else _forward)(*arguments)
+
+
+def run_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``backward``, likewise."""
+    return (backward if _is_observed(arguments[0]) else _backward)(*arguments)
+
+
+def _is_observed(x: Tensor) -> bool:
+    """Whether anybody must see the operator itself: a trace, a dispatch mode, a tensor that is more than a tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

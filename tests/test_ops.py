@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import brn_kernels as brn
@@ -74,6 +75,27 @@ def test_the_schema_declares_what_is_updated():
     for name in ("running_mean", "running_var", "num_batches_tracked", "clipped"):
         argument = next(a for a in ops.forward._schema.arguments if a.name == name)
         assert argument.alias_info is not None and argument.alias_info.is_write, schema
+
+
+class Operators(TorchDispatchMode):
+    """Notes the names of the operators called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.append(str(function))
+        return function(*arguments, **keywords or {})
+
+
+def test_a_dispatch_mode_sees_the_operators(backend, device):
+    """Unobserved calls go past the dispatcher; whoever looks must find the operators all the same."""
+    layer = brn.BatchRenorm2d(4, device=device)
+    x = torch.randn(2, 4, 3, 3, device=device, requires_grad=True)
+    with Operators() as seen:
+        layer(x).backward(torch.randn_like(x))
+    assert {"brn_kernels.forward.default", "brn_kernels.backward.default"} <= set(seen.names)
 
 
 class Net(torch.nn.Module):

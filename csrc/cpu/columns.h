@@ -38,6 +38,7 @@ class ForwardColumns {
         written_(grid.channels) {
     for (int64_t channel = 0; channel < grid.channels; ++channel) {
       written_[channel] = predicted_unclipped(a_, channel, limits_);
+      coefficients_[channel] = written_[channel] ? predicted_coefficients<A>(a_, channel) : Coefficients<A>{};
     }
   }
 
@@ -57,20 +58,9 @@ class ForwardColumns {
     zero(columns[kS1], width);
     zero(columns[kS2], width);
     const Scratch<bool> writes(width / kGroup<A> + 1);
-    const bool speculates = mark_groups(unit, true, writes);
-    if (speculates) {
-      const auto predicted = [&](int64_t channel) { return predicted_coefficients<A>(a_, channel); };
-      expand_coefficients(unit, predicted, columns);
-    }
-    const auto gather = [&](int64_t row, int64_t rows, int64_t row_width) {
-      gather_rows(unit, row, rows, row_width, columns);
-    };
-    const auto write = [&](int64_t row, int64_t, int64_t row_width) {
-      write_row(unit, row, row_width, columns, writes);
-    };
-    for_chunks<false>(first, end, width, [&](int64_t begin_row, int64_t end_row) {
-      for_rows(grid_, unit, begin_row, end_row, kRowsOfSums, gather);
-      if (speculates) for_rows(grid_, unit, begin_row, end_row, 1, write);  // x comes from the cache
+    if (mark_groups(unit, true, writes)) expand_coefficients(unit, columns);
+    for_rows(grid_, unit, first, end, kRowsOfSums, [&](int64_t row, int64_t rows, int64_t row_width) {
+      pass<true>(unit, row, rows, row_width, columns, writes);
     });
     grid_.collapse(unit, columns[kS1]);
     grid_.collapse(unit, columns[kS2]);
@@ -104,10 +94,12 @@ class ForwardColumns {
     const ColumnScratch<A, 6> columns(width);
     const Scratch<bool> writes(width / kGroup<A> + 1);
     mark_groups(unit, false, writes);
-    expand_coefficients(unit, [&](int64_t channel) { return coefficients_[channel]; }, columns);
-    for_chunks<true>(first, end, width, [&](int64_t begin_row, int64_t end_row) {
-      for_rows(grid_, unit, begin_row, end_row, 1,
-               [&](int64_t row, int64_t, int64_t row_width) { write_row(unit, row, row_width, columns, writes); });
+    expand_coefficients(unit, columns);
+    for_chunks_backwards(first, end, width, [&](int64_t begin_row, int64_t end_row) {
+      for_rows(grid_, unit, begin_row, end_row, past_cache_ ? 1 : kRowsWritten,
+               [&](int64_t row, int64_t rows, int64_t row_width) {
+                 pass<false>(unit, row, rows, row_width, columns, writes);
+               });
     });
   }
 
@@ -122,10 +114,10 @@ class ForwardColumns {
     const int64_t rows = least(end - first, ceil_div(kOriginValues, grid_.repeat));
     zero(columns[kS1], width);
     for_rows(grid_, unit, first, first + rows, kRowsOfSums, [&](int64_t row, int64_t some, int64_t row_width) {
+      const auto x = Rows{grid_, unit, row}.template at<const S>(a_.x);
       for_each_group<A>(row_width, [&](auto size, int64_t j, int64_t n) BRN_LAMBDA {
         Group<A> sum = load(Whole{}, columns[kS1] + j, n);
-        for (int64_t r = row; r < row + some; ++r)
-          sum = sum + load(size, grid_.template at<const S>(a_.x, unit, r) + j, n);
+        for (int64_t r = 0; r < some; ++r) sum = sum + load(size, x(r, j), n);
         store(Whole{}, columns[kS1] + j, sum, n);
       });
     });
@@ -134,14 +126,10 @@ class ForwardColumns {
     grid_.expand(unit, columns[kOrigin], [&](int64_t channel) { return columns[kS1][channel - begin] / values; });
   }
 
-  template <typename Find>
-  void expand_coefficients(int64_t unit, Find&& find, const ColumnScratch<A, 6>& columns) const {
-    const int64_t begin = unit * plan_.channels, count = end_of(unit) - begin;
-    const Scratch<Coefficients<A>> found(count);
-    for (int64_t i = 0; i < count; ++i) found[i] = find(begin + i);
-    grid_.expand(unit, columns[kPivot], [&](int64_t channel) { return found[channel - begin].pivot; });
-    grid_.expand(unit, columns[kScale], [&](int64_t channel) { return found[channel - begin].scale; });
-    grid_.expand(unit, columns[kShift], [&](int64_t channel) { return found[channel - begin].shift; });
+  void expand_coefficients(int64_t unit, const ColumnScratch<A, 6>& columns) const {
+    grid_.expand(unit, columns[kPivot], [&](int64_t channel) { return coefficients_[channel].pivot; });
+    grid_.expand(unit, columns[kScale], [&](int64_t channel) { return coefficients_[channel].scale; });
+    grid_.expand(unit, columns[kShift], [&](int64_t channel) { return coefficients_[channel].shift; });
   }
 
   // Marks the groups with a channel that is (`predicted`), or is not yet, written rightly. Is there any?
@@ -164,38 +152,41 @@ class ForwardColumns {
     return true;
   }
 
-  // x of a few rows into the sums of their columns.
-  void gather_rows(int64_t unit, int64_t row, int64_t rows, int64_t width, const ColumnScratch<A, 6>& columns) const {
-    const S* x = grid_.template at<const S>(a_.x, unit, row);
-    const int64_t x_stride = stride(a_.x);
+  // A few rows: x into the sums of their columns, if GATHER; and y, in the groups marked.
+  template <bool GATHER>
+  void pass(int64_t unit, int64_t row, int64_t rows, int64_t width, const ColumnScratch<A, 6>& columns,
+            const bool* writes) const {
+    const Rows of = {grid_, unit, row};
+    const auto x = of.template at<const S>(a_.x), residual = of.template at<const S>(a_.residual);
+    const auto y = of.template at<S>(a_.y);
+    const auto bits = of.bits(a_.bits);
     for_each_group<A>(width, [&](auto size, int64_t j, int64_t n) BRN_LAMBDA {
-      Sums<A> sums = no_sums<A>();
       const Group<A> origin = load(Whole{}, columns[kOrigin] + j, n);
-      for (int64_t r = 0; r < rows; ++r) {
-        prefetch(x + (r + rows) * x_stride + j);
-        gather(size, sums, load(size, x + r * x_stride + j, n), origin, n);
-      }
-      add(columns[kS1] + j, columns[kS2] + j, sums);
-    });
-  }
-
-  // y of a row, in the groups marked.
-  void write_row(int64_t unit, int64_t row, int64_t width, const ColumnScratch<A, 6>& columns,
-                 const bool* writes) const {
-    const S* x = grid_.template at<const S>(a_.x, unit, row);
-    const S* residual = grid_.template at<const S>(a_.residual, unit, row);
-    S* y = grid_.template at<S>(a_.y, unit, row);
-    uint8_t* bits = grid_.bits_at(a_.bits, unit, row);
-    for_each_group<A>(width, [&](auto size, int64_t j, int64_t n) BRN_LAMBDA {
-      if (!writes[j / kGroup<A>]) return;
       const GroupCoefficients<A> c = {load(Whole{}, columns[kPivot] + j, n), load(Whole{}, columns[kScale] + j, n),
                                       load(Whole{}, columns[kShift] + j, n)};
-      prefetch(x + stride(a_.x) + j);
-      write<ACTIVATION>(size, load(size, x + j, n), c, offset(residual, j), y + j, offset(bits, j / 8), past_cache_, n);
+      Sums<A> sums = no_sums<A>();
+      const auto rows_of_group = [&](auto marked, auto extras) BRN_LAMBDA {
+        for (int64_t r = 0; r < rows; ++r) {
+          prefetch(x(r + rows, j));
+          if (decltype(marked)::value && !past_cache_) prefetch<true>(y(r + rows, j));
+          const Group<A> values = load(size, x(r, j), n);
+          if constexpr (GATHER) gather(size, sums, values, origin, n);
+          if constexpr (decltype(marked)::value) {
+            write<ACTIVATION, decltype(extras)::value>(size, values, c, residual(r, j), y(r, j), bits(r, j),
+                                                       past_cache_, n);
+          }
+        }
+      };
+      if (!writes[j / kGroup<A>]) {
+        if constexpr (GATHER) rows_of_group(No{}, No{});
+      } else if (residual.there() || bits.there()) {
+        rows_of_group(Yes{}, Yes{});
+      } else {
+        rows_of_group(Yes{}, No{});
+      }
+      if constexpr (GATHER) add(columns[kS1] + j, columns[kS2] + j, sums);
     });
   }
-
-  int64_t stride(const Side& side) const { return grid_.row_stride == 0 ? side.outer_stride : grid_.row_stride; }
 
   const ForwardArguments& a_;
   const Grid grid_;
@@ -236,10 +227,8 @@ class BackwardColumns {
     expand_argument(unit, columns);
     zero(columns[kS1], width);
     zero(columns[kS2], width);
-    for_chunks<false>(first, end, width, [&](int64_t begin_row, int64_t end_row) {
-      for_rows(grid_, unit, begin_row, end_row, kRowsOfSums,
-               [&](int64_t row, int64_t rows, int64_t row_width) { pass<false>(unit, row, rows, row_width, columns); });
-    });
+    for_rows(grid_, unit, first, end, kRowsOfSums,
+             [&](int64_t row, int64_t rows, int64_t row_width) { pass<false>(unit, row, rows, row_width, columns); });
     grid_.collapse(unit, columns[kS1]);
     grid_.collapse(unit, columns[kS2]);
     for (int64_t i = 0; i < count; ++i) {
@@ -267,8 +256,8 @@ class BackwardColumns {
     expand(unit, columns[kOfG], &BackwardCoefficients<A>::dx_of_g);
     expand(unit, columns[kOfX], &BackwardCoefficients<A>::dx_of_x);
     expand(unit, columns[kDxShift], &BackwardCoefficients<A>::dx_shift);
-    for_chunks<true>(first, end, grid_.width(unit), [&](int64_t begin_row, int64_t end_row) {
-      for_rows(grid_, unit, begin_row, end_row, 1,
+    for_chunks_backwards(first, end, grid_.width(unit), [&](int64_t begin_row, int64_t end_row) {
+      for_rows(grid_, unit, begin_row, end_row, past_cache_ ? 1 : kRowsWritten,
                [&](int64_t row, int64_t rows, int64_t row_width) { pass<true>(unit, row, rows, row_width, columns); });
     });
   }
@@ -288,43 +277,42 @@ class BackwardColumns {
 
   template <bool APPLY>
   void pass(int64_t unit, int64_t row, int64_t rows, int64_t width, const ColumnScratch<A, 6>& columns) const {
-    const S* dy = grid_.template at<const S>(a_.dy, unit, row);
-    const S* x = grid_.template at<const S>(a_.x, unit, row);
-    const S* residual = grid_.template at<const S>(a_.residual, unit, row);
-    S* dx = grid_.template at<S>(a_.dx, unit, row);
-    S* dresidual = grid_.template at<S>(a_.dresidual, unit, row);
-    const uint8_t* bits = grid_.bits_at(a_.bits, unit, row);
+    const bool only_dx = a_.dx.data != nullptr && a_.dresidual.data == nullptr;
+    if (a_.residual.data != nullptr || a_.bits != nullptr || (APPLY && !only_dx)) {
+      pass<APPLY, true>(unit, row, rows, width, columns);
+    } else {
+      pass<APPLY, false>(unit, row, rows, width, columns);
+    }
+  }
+
+  template <bool APPLY, bool EXTRAS>
+  void pass(int64_t unit, int64_t row, int64_t rows, int64_t width, const ColumnScratch<A, 6>& columns) const {
+    const Rows of = {grid_, unit, row};
+    const auto dy = of.template at<const S>(a_.dy), x = of.template at<const S>(a_.x);
+    const auto residual = of.template at<const S>(a_.residual);
+    const auto dx = of.template at<S>(a_.dx), dresidual = of.template at<S>(a_.dresidual);
+    const auto bits = of.bits(a_.bits);
     for_each_group<A>(width, [&](auto size, int64_t j, int64_t n) BRN_LAMBDA {
       const Group<A> mean = load(Whole{}, columns[kMean] + j, n), z_scale = load(Whole{}, columns[kZScale] + j, n);
       const Group<A> z_shift = load(Whole{}, columns[kZShift] + j, n);
-      Group<A> of_g, of_x, shift;
-      if constexpr (APPLY) {
-        of_g = load(Whole{}, columns[kOfG] + j, n);
-        of_x = load(Whole{}, columns[kOfX] + j, n);
-        shift = load(Whole{}, columns[kDxShift] + j, n);
-      }
+      const GroupGradient<A> c = {load(Whole{}, columns[kOfG] + j, n), load(Whole{}, columns[kOfX] + j, n),
+                                  load(Whole{}, columns[kDxShift] + j, n)};
       Sums<A> sums = no_sums<A>();
       for (int64_t r = 0; r < rows; ++r) {
-        prefetch(dy + (r + rows) * stride(a_.dy) + j);
-        prefetch(x + (r + rows) * stride(a_.x) + j);
-        const Upstream<A> up = upstream<ACTIVATION>(
-            size, dy + r * stride(a_.dy) + j, x + r * stride(a_.x) + j,
-            residual == nullptr ? nullptr : residual + r * stride(a_.residual) + j,
-            bits == nullptr ? nullptr : bits + r * grid_.row_bytes + j / 8, mean, z_scale, z_shift, n);
+        prefetch(dy(r + rows, j));
+        prefetch(x(r + rows, j));
+        if (APPLY && !EXTRAS && !past_cache_) prefetch<true>(dx(r + rows, j));
+        const Upstream<A> up = upstream<ACTIVATION, EXTRAS>(size, dy(r, j), x(r, j), residual(r, j), bits(r, j), mean,
+                                                            z_scale, z_shift, n);
         if constexpr (APPLY) {
-          if (dx != nullptr)
-            put(size, dx + r * stride(a_.dx) + j, up.g * of_g + (up.centered * of_x + shift), past_cache_, n);
-          if (dresidual != nullptr) put(size, dresidual + r * stride(a_.dresidual) + j, up.g, past_cache_, n);
+          write_gradients<EXTRAS>(size, up, c, dx(r, j), dresidual(r, j), past_cache_, n);
         } else {
-          sums.s1 = sums.s1 + zero_beyond(size, up.g, n);
-          sums.s2 = sums.s2 + zero_beyond(size, up.g * up.centered, n);
+          gather(size, sums, up, n);
         }
       }
       if constexpr (!APPLY) add(columns[kS1] + j, columns[kS2] + j, sums);
     });
   }
-
-  int64_t stride(const Side& side) const { return grid_.row_stride == 0 ? side.outer_stride : grid_.row_stride; }
 
   const BackwardArguments& a_;
   const Grid grid_;

@@ -153,15 +153,18 @@ BRN_INLINE void put(SIZE size, S* p, const Group<A>& x, bool past_cache, int64_t
   }
 }
 
-// The one way in which y is computed, so that its bits do not depend on the pass that writes it.
-template <Activation ACTIVATION, typename SIZE, typename S, typename A>
+// The one way in which y is computed, so that its bits do not depend on the pass that writes it. Without EXTRAS there
+// is neither residual nor bits.
+template <Activation ACTIVATION, bool EXTRAS, typename SIZE, typename S, typename A>
 BRN_INLINE void write(SIZE size, const Group<A>& x, const GroupCoefficients<A>& c, const S* residual, S* y,
                       uint8_t* bits, bool past_cache, int64_t n) {
   Group<A> z = (x - c.pivot) * c.scale + c.shift;
-  if (residual != nullptr) z = z + load(size, residual, n);
-  if (bits != nullptr) {
-    const GroupMask<A> stopped = z <= everywhere<A>(0);
-    store_bits<A>(bits, {~stopped.a, ~stopped.b, ~stopped.c, ~stopped.d}, n);
+  if constexpr (EXTRAS) {
+    if (residual != nullptr) z = z + load(size, residual, n);
+    if (bits != nullptr) {
+      const GroupMask<A> stopped = z <= everywhere<A>(0);
+      store_bits<A>(bits, {~stopped.a, ~stopped.b, ~stopped.c, ~stopped.d}, n);
+    }
   }
   put(size, y, activate<ACTIVATION>(z), past_cache, n);
 }
@@ -172,20 +175,51 @@ struct Upstream {
   Group<A> g, centered;
 };
 
-template <Activation ACTIVATION, typename SIZE, typename S, typename A>
+template <Activation ACTIVATION, bool EXTRAS, typename SIZE, typename S, typename A>
 BRN_INLINE Upstream<A> upstream(SIZE size, const S* dy, const S* x, const S* residual, const uint8_t* bits,
                                 const Group<A>& mean, const Group<A>& z_scale, const Group<A>& z_shift, int64_t n) {
-  Group<A> g = load(size, dy, n);
-  const Group<A> centered = load(size, x, n) - mean;
-  if (bits != nullptr) {
-    g = select(load_bits<A>(bits, n), g, everywhere<A>(0));
-  } else if constexpr (ACTIVATION != Activation::none) {
-    Group<A> z = centered * z_scale + z_shift;
-    if (residual != nullptr) z = z + load(size, residual, n);
-    g = activation_backward<ACTIVATION>(g, z);
+  const Group<A> g = load(size, dy, n), centered = load(size, x, n) - mean;
+  if constexpr (EXTRAS) {
+    if (bits != nullptr) return {select(load_bits<A>(bits, n), g, everywhere<A>(0)), centered};
   }
-  return {g, centered};
+  if constexpr (ACTIVATION == Activation::none) return {g, centered};
+  Group<A> z = centered * z_scale + z_shift;
+  if constexpr (EXTRAS) {
+    if (residual != nullptr) z = z + load(size, residual, n);
+  }
+  return {activation_backward<ACTIVATION>(g, z), centered};
 }
+
+// g and g * (x - mean) into their sums. Lanes beyond n hold 0, or NaN times 0.
+template <typename SIZE, typename A>
+BRN_INLINE void gather(SIZE size, Sums<A>& sums, const Upstream<A>& up, int64_t n) {
+  sums.s1 = sums.s1 + zero_beyond(size, up.g, n);
+  sums.s2 = sums.s2 + zero_beyond(size, up.g * up.centered, n);
+}
+
+template <typename A>
+struct GroupGradient {
+  Group<A> of_g, of_x, shift;
+};
+
+// Without EXTRAS dx is wanted, and nothing else.
+template <bool EXTRAS, typename SIZE, typename S, typename A>
+BRN_INLINE void write_gradients(SIZE size, const Upstream<A>& up, const GroupGradient<A>& c, S* dx, S* dresidual,
+                                bool past_cache, int64_t n) {
+  if constexpr (EXTRAS) {
+    if (dresidual != nullptr) put(size, dresidual, up.g, past_cache, n);
+    if (dx == nullptr) return;
+  }
+  put(size, dx, up.g * c.of_g + (up.centered * c.of_x + c.shift), past_cache, n);
+}
+
+// Known when compiled.
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
 
 }  // namespace
 }  // namespace brn

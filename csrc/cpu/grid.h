@@ -9,11 +9,12 @@ namespace {
 
 constexpr int64_t kUnitColumns = 2048;
 constexpr int64_t kNarrowRow = 128;        // channels: rows of fewer are joined with their neighbours
-constexpr int64_t kNarrowPlane = 48;       // positions: planes of fewer are seen by columns
+constexpr int64_t kNarrowPlane = 64;       // positions: planes of fewer are seen by columns
 constexpr int64_t kSplitValues = 4096;     // of a channel: bounds the length of a sum, and its distance from the origin
 constexpr int64_t kSplitPlanes = 512;      // likewise, where a row has one plane of each channel
-constexpr int64_t kRowsOfSums = 16;        // for each load and store of a column's sums; with nothing to sum, one
-constexpr int64_t kChunkElements = 16384;  // read for the sums, then again from the cache for what is written
+constexpr int64_t kRowsOfSums = 16;        // for each load and store of a column's sums
+constexpr int64_t kRowsWritten = 4;        // for each load of a column's coefficients, where nothing is summed
+constexpr int64_t kChunkElements = 16384;  // of a backward walk, within which rows go forwards
 constexpr int64_t kOriginValues = 32;      // of a channel, for the origin of its sums
 
 struct Grid {
@@ -28,15 +29,6 @@ struct Grid {
   // Values of one channel in rows [first, end).
   int64_t values(int64_t first, int64_t end) const {
     return (end - first) * repeat - (end == rows ? repeat - last_row_repeat : 0);
-  }
-  template <typename S>
-  S* at(const Side& side, int64_t unit, int64_t row) const {
-    if (side.data == nullptr) return nullptr;
-    return static_cast<S*>(side.data) + row * (row_stride == 0 ? side.outer_stride : row_stride) + start(unit);
-  }
-  template <typename Byte>
-  Byte* bits_at(Byte* bits, int64_t unit, int64_t row) const {
-    return bits == nullptr ? nullptr : bits + row * row_bytes + start(unit) / 8;
   }
   int64_t start(int64_t unit) const { return unit * unit_channels * (planes ? repeat : 1); }
 
@@ -83,6 +75,44 @@ struct Grid {
   }
 };
 
+// Element (r, j) of the rows of an activation tensor; null where the tensor is absent.
+template <typename T>
+struct RowPointer {
+  T* start;
+  int64_t stride;
+
+  bool there() const { return start != nullptr; }
+  T* operator()(int64_t r, int64_t j) const { return there() ? start + (r * stride + j) : nullptr; }
+};
+
+// The same of packed bits, a byte for eight elements.
+template <typename Byte>
+struct BitRowPointer {
+  Byte* start;
+  int64_t stride;
+
+  bool there() const { return start != nullptr; }
+  Byte* operator()(int64_t r, int64_t j) const { return there() ? start + (r * stride + j / 8) : nullptr; }
+};
+
+// The rows of a unit from `row` on.
+struct Rows {
+  const Grid& grid;
+  int64_t unit, row;
+
+  template <typename T>
+  RowPointer<T> at(const Side& side) const {
+    const int64_t stride = grid.row_stride == 0 ? side.outer_stride : grid.row_stride;
+    if (side.data == nullptr) return {nullptr, 0};
+    return {static_cast<T*>(side.data) + row * stride + grid.start(unit), stride};
+  }
+  template <typename Byte>
+  BitRowPointer<Byte> bits(Byte* data) const {
+    if (data == nullptr) return {nullptr, 0};
+    return {data + row * grid.row_bytes + grid.start(unit) / 8, grid.row_bytes};
+  }
+};
+
 // Whether rows that grid_of may join lie side by side.
 inline __attribute__((always_inline)) bool is_dense(const Layout& layout, const Side& side) {
   if (side.data == nullptr) return true;
@@ -118,15 +148,13 @@ inline __attribute__((always_inline)) bool grid_of(const Layout& layout, bool al
   return true;
 }
 
-// Calls step(first_row, end_row) for pieces of [first, end). Backwards, the last comes first, and within a piece rows
-// go forwards all the same: that is what prefetching is good at.
-template <bool BACKWARDS, typename Step>
-BRN_INLINE void for_chunks(int64_t first, int64_t end, int64_t width, Step&& step) {
+// Calls step(first_row, end_row) for pieces of [first, end), the last one first. Within a piece rows go forwards all
+// the same: that is what prefetching is good at.
+template <typename Step>
+BRN_INLINE void for_chunks_backwards(int64_t first, int64_t end, int64_t width, Step&& step) {
   const int64_t rows = ceil_div(kChunkElements, width * kRowsOfSums) * kRowsOfSums;
-  const int64_t chunks = ceil_div(end - first, rows);
-  for (int64_t k = 0; k < chunks; ++k) {
-    const int64_t begin = first + (BACKWARDS ? chunks - 1 - k : k) * rows;
-    step(begin, least(begin + rows, end));
+  for (int64_t k = ceil_div(end - first, rows) - 1; k >= 0; --k) {
+    step(first + k * rows, least(first + (k + 1) * rows, end));
   }
 }
 

@@ -34,11 +34,12 @@ inline __attribute__((always_inline)) void for_each_task(const Parallel& paralle
       &body);
 }
 
-// Whether a result of `bytes` is written past the caches: it cannot stay there together with what it is computed from.
+// Whether a result is written past the caches: it cannot stay there together with what it is computed from. Only where
+// rows are whole lines, since a line of two writes would be fetched from memory after all.
 inline __attribute__((always_inline)) bool goes_past_cache(const Parallel& parallel, const Layout& layout,
                                                            int64_t itemsize) {
   const int64_t values = layout.outer * (layout.channels_last ? 1 : layout.channels) * layout.inner;
-  return 4 * values * itemsize > parallel.last_cache_bytes;
+  return layout.inner * itemsize % 64 == 0 && 4 * values * itemsize > parallel.last_cache_bytes;
 }
 
 // Memory for `count` values, aligned for vectors and with room for a group beyond the last.

@@ -22,6 +22,13 @@ inline __attribute__((always_inline)) int64_t least(int64_t a, int64_t b) { retu
 inline __attribute__((always_inline)) int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline __attribute__((always_inline)) int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Into how many splits each unit is cut so that threads, which take neighbouring splits in equal numbers, end together.
+inline __attribute__((always_inline)) int64_t splits_for(int64_t threads, int64_t units) {
+  int64_t splits = 1;
+  while (ceil_div(units * splits, threads) * threads * 8 > units * splits * 9) ++splits;  // an eighth is near enough
+  return splits;
+}
+
 // `item_elements`: of one item of one unit; `at_most`: items in a split, a bound on the length of a sum.
 inline __attribute__((always_inline)) Plan plan_of(int64_t all_channels, int64_t channels, int64_t items,
                                                    int64_t item_elements, int64_t at_most, bool fits_cache,
@@ -30,7 +37,7 @@ inline __attribute__((always_inline)) Plan plan_of(int64_t all_channels, int64_t
   int64_t wanted = ceil_div(items, at_most);
   const bool few_units = units < 4 * parallel.threads;
   if (wanted > 1 || (few_units && !(fits_cache && units >= parallel.threads))) {
-    const int64_t for_threads = few_units ? ceil_div(4 * parallel.threads, units) : 1;
+    const int64_t for_threads = few_units ? splits_for(parallel.threads, units) : 1;
     const int64_t worth = most(1, items * item_elements / kGrainElements);
     wanted = most(wanted, least(for_threads, worth));
   }

@@ -120,6 +120,15 @@ class ForwardPlanes {
 
   template <bool GATHER, bool WRITE>
   void row(int64_t channel, int64_t i, A origin, const Coefficients<A>& c, Sums<A>& sums) const {
+    if (WRITE && (a_.residual.data != nullptr || a_.bits != nullptr)) {
+      row<GATHER, WRITE, true>(channel, i, origin, c, sums);
+    } else {
+      row<GATHER, WRITE, false>(channel, i, origin, c, sums);
+    }
+  }
+
+  template <bool GATHER, bool WRITE, bool EXTRAS>
+  void row(int64_t channel, int64_t i, A origin, const Coefficients<A>& c, Sums<A>& sums) const {
     const S* x = pieces_.template at<const S>(a_.x, channel, i);
     const S* residual = pieces_.template at<const S>(a_.residual, channel, i);
     S* y = pieces_.template at<S>(a_.y, channel, i);
@@ -132,7 +141,9 @@ class ForwardPlanes {
       const Group<A> values = load(size, x + at, n);
       if constexpr (GATHER) gather(size, local, values, origins, n);
       if constexpr (WRITE) {
-        write<ACTIVATION>(size, values, all, offset(residual, at), y + at, offset(bits, at / 8), past_cache_, n);
+        if (!past_cache_) prefetch<true>(y + at + kAhead);
+        write<ACTIVATION, EXTRAS>(size, values, all, offset(residual, at), y + at, offset(bits, at / 8), past_cache_,
+                                  n);
       }
     });
     if constexpr (GATHER) add(sums, local);
@@ -198,6 +209,16 @@ class BackwardPlanes {
  private:
   template <bool APPLY>
   void row(int64_t channel, int64_t i, const BackwardCoefficients<A>& c, Sums<A>& sums) const {
+    const bool only_dx = a_.dx.data != nullptr && a_.dresidual.data == nullptr;
+    if (a_.residual.data != nullptr || a_.bits != nullptr || (APPLY && !only_dx)) {
+      row<APPLY, true>(channel, i, c, sums);
+    } else {
+      row<APPLY, false>(channel, i, c, sums);
+    }
+  }
+
+  template <bool APPLY, bool EXTRAS>
+  void row(int64_t channel, int64_t i, const BackwardCoefficients<A>& c, Sums<A>& sums) const {
     const S* dy = pieces_.template at<const S>(a_.dy, channel, i);
     const S* x = pieces_.template at<const S>(a_.x, channel, i);
     const S* residual = pieces_.template at<const S>(a_.residual, channel, i);
@@ -205,20 +226,18 @@ class BackwardPlanes {
     S* dresidual = pieces_.template at<S>(a_.dresidual, channel, i);
     const uint8_t* bits = pieces_.bits_at(a_.bits, channel, i);
     const Group<A> mean = everywhere(c.mean), z_scale = everywhere(c.z_scale), z_shift = everywhere(c.z_shift);
-    const Group<A> of_g = everywhere(c.dx_of_g), of_x = everywhere(c.dx_of_x), shift = everywhere(c.dx_shift);
+    const GroupGradient<A> gradient = {everywhere(c.dx_of_g), everywhere(c.dx_of_x), everywhere(c.dx_shift)};
     Sums<A> local = no_sums<A>();
     for_each_group<A>(pieces_.length(i), [&](auto size, int64_t at, int64_t n) BRN_LAMBDA {
       prefetch(dy + at + kAhead);
       prefetch(x + at + kAhead);
-      const Upstream<A> up = upstream<ACTIVATION>(size, dy + at, x + at, offset(residual, at), offset(bits, at / 8),
-                                                  mean, z_scale, z_shift, n);
+      const Upstream<A> up = upstream<ACTIVATION, EXTRAS>(size, dy + at, x + at, offset(residual, at),
+                                                          offset(bits, at / 8), mean, z_scale, z_shift, n);
       if constexpr (APPLY) {
-        if (dx != nullptr) put(size, dx + at, up.g * of_g + (up.centered * of_x + shift), past_cache_, n);
-        if (dresidual != nullptr) put(size, dresidual + at, up.g, past_cache_, n);
-      } else {  // lanes beyond n: dy is 0 there, and so is g, unless it is NaN times 0
-        const Group<A> g = zero_beyond(size, up.g, n);
-        local.s1 = local.s1 + g;
-        local.s2 = local.s2 + zero_beyond(size, up.g * up.centered, n);
+        if (!EXTRAS && !past_cache_) prefetch<true>(dx + at + kAhead);
+        write_gradients<EXTRAS>(size, up, gradient, offset(dx, at), offset(dresidual, at), past_cache_, n);
+      } else {
+        gather(size, local, up, n);
       }
     });
     if constexpr (!APPLY) add(sums, local);

@@ -212,6 +212,16 @@ BRN_INLINE void fence_streams() {
 template <typename A>
 struct Group {
   Vector<A> a, b, c, d;
+
+  Group() = default;
+  __attribute__((always_inline)) Group(Vector<A> a_, Vector<A> b_, Vector<A> c_, Vector<A> d_)
+      : a(a_), b(b_), c(c_), d(d_) {}
+  // One by one: GCC keeps what is copied as a whole in memory.
+  __attribute__((always_inline)) Group(const Group& other) : Group(other.a, other.b, other.c, other.d) {}
+  Group& operator=(const Group& other) {
+    a = other.a, b = other.b, c = other.c, d = other.d;
+    return *this;
+  }
 };
 
 template <typename A>
@@ -376,12 +386,13 @@ BRN_INLINE void store(Partial, S* p, const Group<Accumulate<S>>& x, int64_t n) {
 
 #endif
 
-// Asks for the lines of a group that is read soon: hardware prefetchers stop at every 4 KB page.
-template <typename S>
+// Asks for the lines of a group that is read soon, or WRITTEN: hardware prefetchers stop at every 4 KB page, and know
+// nothing of short rows.
+template <bool WRITTEN = false, typename S>
 BRN_INLINE void prefetch(const S* p) {
   constexpr int bytes = kGroup<Accumulate<S>> * static_cast<int>(sizeof(S));
   const char* lines = reinterpret_cast<const char*>(p);
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(lines + i, 0, 2);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(lines + i, WRITTEN, 2);
 }
 
 template <typename S>
