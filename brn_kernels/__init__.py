@@ -1,7 +1,7 @@
 """Batch Renormalization (Ioffe 2017) for PyTorch: a drop-in replacement for BatchNorm."""
 
 from .backends import available_backends, use_backend
-from .convert import convert_batchnorm, revert_to_batchnorm
+from .convert import convert_batchnorm, convert_sync, revert_to_batchnorm
 from .functional import batch_renorm
 from .modules import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .population import update_stats
@@ -18,6 +18,7 @@ __all__ = [
     "available_backends",
     "batch_renorm",
     "convert_batchnorm",
+    "convert_sync",
     "revert_to_batchnorm",
     "update_stats",
     "use_backend",

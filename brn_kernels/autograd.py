@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import distributed, ops
 from .backends import layout, reference
 
 
@@ -29,7 +29,7 @@ class BatchRenormFunction(torch.autograd.Function):
         bias: Tensor | None,
         rest: tuple[Any, ...],
     ) -> Tensor:
-        ctx.eps, ctx.activation, ctx.backend, _ = rest[7:]
+        ctx.eps, ctx.activation, ctx.backend, _, ctx.process_group = rest[7:]
         y, saved, bits = ops.run_forward(x, residual, mask, weight, bias, *rest)
         ctx.set_materialize_grads(False)
         if ctx.activation is None or reference.keeps_bits(residual, ctx.activation):
@@ -41,18 +41,22 @@ class BatchRenormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         if dy is None:
-            return (None,) * 6
+            if ctx.process_group is None:
+                return (None,) * 6
+            dy = torch.zeros_like(ctx.saved_tensors[0])  # other processes wait for this one's sums
         x, residual, mask, weight, bias, saved, bits = ctx.saved_tensors
         if ctx.channels_last is not None:  # the bits are in the order that x had
             x = layout.kept_in(x, ctx.channels_last)
         needs_dx, needs_dresidual, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if distributed.group_of(ctx.process_group) is not None:
+                raise RuntimeError("second derivatives through statistics of several processes are not implemented")
             return _differentiable_backward(ctx, dy, x, residual, mask, weight, bias, saved, bits)
 
         dresidual_is_dy = needs_dresidual and ctx.activation is None and mask is None
         dx, dweight, dbias, dresidual = ops.run_backward(
             dy, x, residual, mask, weight, bias, saved, bits, ctx.activation,
-            needs_dx, needs_dresidual and not dresidual_is_dy, ctx.backend,
+            needs_dx, needs_dresidual and not dresidual_is_dy, ctx.backend, ctx.process_group,
         )  # fmt: skip
         return (
             dx if needs_dx else None,

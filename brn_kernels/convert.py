@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from . import distributed
 from .backends import reference
 from .modules import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .schedule import ClipSchedule
@@ -22,10 +23,11 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def convert_batchnorm(model: _Model, *, schedule: ClipSchedule | None = None, momentum: float | None = 0.01) -> _Model:
     """Replace every BatchNorm layer in ``model`` by Batch Renormalization, in place.
 
-    Converts ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm``, lazy ones once materialized, and timm's ``BatchNormAct2d``
-    and ``SyncBatchNormAct`` (which keep their ``drop`` and ``act``). Parameters and statistics are kept by identity
-    (an optimizer made before goes on working; half statistics become float32), and so are hooks, the training flag,
-    eps and everything else set on the layer. ``num_batches_tracked`` is kept too: the schedule continues from it.
+    Converts ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm`` (which keeps its process group), lazy ones once
+    materialized, and timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` (which keep their ``drop`` and ``act``).
+    Parameters and statistics are kept by identity (an optimizer made before goes on working; half statistics become
+    float32), and so are hooks, the training flag, eps and everything else set on the layer. ``num_batches_tracked`` is
+    kept too: the schedule continues from it.
 
     Args:
         model: any module; if it is itself a BatchNorm layer, use what is returned.
@@ -41,8 +43,7 @@ def convert_batchnorm(model: _Model, *, schedule: ClipSchedule | None = None, mo
             itself; nothing is converted then.
 
     Warns:
-        UserWarning: a subclass of BatchNorm that is not known here was left as it is; or a ``SyncBatchNorm`` was
-            converted, whose statistics will be each process's own.
+        UserWarning: a subclass of BatchNorm that is not known here was left as it is.
     """
     schedule = ClipSchedule.paper() if schedule is None else schedule
 
@@ -55,10 +56,10 @@ def convert_batchnorm(model: _Model, *, schedule: ClipSchedule | None = None, mo
         if new_type is None or "forward" in vars(layer):
             warnings.warn(f"{type(layer).__name__} left as it is: not a BatchNorm known to behave alike", stacklevel=3)
             return None
-        if isinstance(layer, nn.SyncBatchNorm):
-            warnings.warn("SyncBatchNorm converted: statistics are now each process's own", stacklevel=3)
         new = new_type(layer.num_features, layer.eps, momentum, schedule=schedule, device="meta")
-        _move(layer, new, leave=("momentum",))
+        if isinstance(layer, nn.SyncBatchNorm):
+            new.process_group = distributed.name_of(layer.process_group) or distributed.DEFAULT_GROUP
+        _move(layer, new, leave=("momentum", "process_group"))
         running_mean, clipped = new.running_mean, None
         if running_mean is not None:
             clipped = torch.zeros(new.num_features, dtype=torch.bool, device=running_mean.device)
@@ -98,11 +99,38 @@ def revert_to_batchnorm(model: _Model) -> _Model:
             warnings.warn(f"{type(layer).__name__} left as it is: not a layer of brn_kernels", stacklevel=3)
             return None
         new = new_type(layer.num_features, device="meta")
-        _move(layer, new, leave=("schedule", "clipped") if layer.activation else ("schedule", "clipped", "activation"))
+        if isinstance(new, nn.SyncBatchNorm):
+            new.process_group = distributed.group_of(layer.process_group)
+        leave = ("schedule", "clipped", "process_group")
+        _move(layer, new, leave=leave if layer.activation else (*leave, "activation"))
         _narrow_statistics(new)
         return new
 
     return _replace(model, reverted)
+
+
+def convert_sync(model: _Model, process_group: Any = None) -> _Model:
+    """Let every Batch Renormalization layer of ``model`` use the batch of all processes of a group, in place.
+
+    What ``nn.SyncBatchNorm.convert_sync_batchnorm`` is to BatchNorm: statistics, r, d and gradients are those of the
+    group's batches taken together; these may differ in size, or be empty. Every process must run the layers in the same
+    order. In evaluation nothing is exchanged, nor where ``torch.distributed`` is not initialized.
+
+    Args:
+        model: any module; BatchNorm layers in it are left alone (``convert_batchnorm`` them first).
+        process_group: the group; ``None`` for the default group of the process that trains.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: ``process_group`` is no group, or this process is not a member of it.
+    """
+    name = distributed.name_of(process_group) or distributed.DEFAULT_GROUP
+    for layer in model.modules():
+        if isinstance(layer, BatchRenorm):
+            layer.process_group = name
+    return model
 
 
 class _DropAndAct:

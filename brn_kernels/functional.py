@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, ops
+from . import backends, distributed, ops
 from .autograd import BatchRenormFunction
 from .backends import reference
 from .checkpointing import pre_update_statistics
@@ -95,9 +95,10 @@ def renormalize(
     eps: float,
     activation: str | None,
     training: bool,
+    process_group: str | None = None,
 ) -> Tensor:
     """What ``batch_renorm`` and the layers share: check the tensors, then normalize in the mode asked for."""
-    _check_tensors(x, residual, mask, weight, bias, running_mean, running_var, training)
+    _check_tensors(x, residual, mask, weight, bias, running_mean, running_var, training, process_group)
     _check_devices(x, num_batches_tracked=num_batches_tracked, clipped=clipped)
     if mask is not None and mask.dim() < x.dim():
         mask = mask.unsqueeze(1)
@@ -108,12 +109,20 @@ def renormalize(
         running_mean, running_var, num_batches_tracked, clipped = pre_update_statistics(
             running_mean, running_var, num_batches_tracked, clipped
         )
-    # Dynamo cannot trace a Function none of whose inputs wants a gradient; transforms must see it, to be refused
-    differentiated = any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
-    as_function = differentiated and torch.is_grad_enabled() or not traced and _is_transformed()
+    if _is_transformed():
+        if distributed.group_of(process_group) is not None:
+            raise RuntimeError(
+                "function transforms (torch.func) with statistics of several processes are not implemented"
+            )
+        return _transformed(
+            x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
+            momentum, eps, activation,
+        )  # fmt: skip
+    # Dynamo cannot trace a Function none of whose inputs wants a gradient
+    as_function = torch.is_grad_enabled() and _wants_gradient(x, residual, weight, bias)
     rest = (
         running_mean, running_var, num_batches_tracked, clipped, limits, schedule, momentum, eps, activation,
-        backends.selected(), traced,
+        backends.selected(), traced, process_group,
     )  # fmt: skip
     if as_function:
         return BatchRenormFunction.apply(x, residual, mask, weight, bias, rest)
@@ -131,7 +140,10 @@ def _evaluate(
     eps: float,
     activation: str | None,
 ) -> Tensor:
-    assert running_mean is not None
+    assert running_mean is not None and running_var is not None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _wants_gradient(x, residual, weight, bias):
+        # its backward needs them as they are now: a training step may come first
+        running_mean, running_var = running_mean.clone(), running_var.clone()
     if weight is not None and weight.dtype != running_mean.dtype:  # F.batch_norm wants one dtype for all of them
         weight = weight.to(running_mean.dtype)
     if bias is not None and bias.dtype != running_mean.dtype:
@@ -146,9 +158,49 @@ def _evaluate(
     return y if mask is None else torch.where(mask, y, 0)
 
 
+def _transformed(
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    clipped: Tensor | None,
+    limits: Tensor | None,
+    schedule: tuple[float, ...],
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """Training under a transform: plain PyTorch, which every transform knows, whatever the backend."""
+    try:
+        _, saved, _ = reference.forward(
+            x.detach(), None, mask, None, None, running_mean, running_var, num_batches_tracked, clipped, limits,
+            list(schedule), momentum, eps, None,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if running_mean is None:
+            raise
+        raise RuntimeError(
+            "Batch Renormalization updates its running statistics in place, which a function transform allows only for "
+            "its own arguments: pass the buffers to the transformed function and on to torch.func.functional_call "
+            "(for vmap stacked, by torch.func.stack_module_state), or call the layer in evaluation mode"
+        ) from error
+    return reference.composed(x, residual, mask, weight, bias, saved.detach(), eps, activation)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 def _is_transformed() -> bool:
     """Whether a function transform (``torch.func``) or forward-mode differentiation is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    # by its type, since Dynamo takes even no interpreter for something that is not None
+    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def check_eps(eps: float) -> None:
@@ -183,6 +235,7 @@ def _check_tensors(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
+    process_group: str | None,
 ) -> None:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
@@ -225,7 +278,7 @@ def _check_tensors(
     _check_devices(
         x, residual=residual, mask=mask, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
     )
-    if training and x.numel() == channels and channels > 0:
+    if training and x.numel() == channels and channels > 0 and process_group is None:  # others may have more
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import init
 from torch.nn.modules.batchnorm import _NormBase
 
+from . import distributed
 from .functional import check_activation, check_eps, renormalize
 from .schedule import ClipSchedule, is_number
 
@@ -42,11 +43,11 @@ class BatchRenorm(_NormBase):
         bias: if False (and affine) the layer has only ``weight``.
         schedule: the clip limits over time; the paper's by default.
         activation: ``None``, ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"hardswish"``, applied last.
-        process_group: must be ``None``: statistics across processes are not implemented yet.
+        process_group: whose batches the statistics are of: a ``torch.distributed`` group, or ``None`` for this
+            process's own batch. See :func:`brn_kernels.convert_sync`.
 
     Raises:
         ValueError: an argument out of its range.
-        NotImplementedError: a ``process_group`` is given.
     """
 
     clipped: Tensor | None
@@ -72,14 +73,14 @@ class BatchRenorm(_NormBase):
             raise ValueError(f"momentum must be None or a finite number, got {momentum!r}")
         if schedule is not None and not isinstance(schedule, ClipSchedule):
             raise ValueError(f"schedule must be a ClipSchedule, got {schedule!r}")
-        if process_group is not None:
-            raise NotImplementedError("process_group: statistics across processes are not implemented yet")
+        process_group = distributed.name_of(process_group)
         momentum = None if momentum is None else float(momentum)
         super().__init__(num_features, float(eps), momentum, affine, track_running_stats, device, dtype)
         if affine and not bias:
             self.register_parameter("bias", None)
         self.schedule = ClipSchedule.paper() if schedule is None else schedule
         self.activation = activation
+        self.process_group: str | None = process_group
         clipped = torch.zeros(num_features, dtype=torch.bool, device=device) if track_running_stats else None
         self.register_buffer("clipped", clipped, persistent=False)
         self._widen_statistics()
@@ -108,7 +109,7 @@ class BatchRenorm(_NormBase):
             self.running_var if tracked else None,
             self.num_batches_tracked if tracked else None,
             self.clipped if tracked else None,
-            None, self.schedule.numbers, self.momentum, self.eps, self.activation, training,
+            None, self.schedule.numbers, self.momentum, self.eps, self.activation, training, self.process_group,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:
@@ -132,7 +133,10 @@ class BatchRenorm(_NormBase):
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}, schedule={self.schedule}"
         )
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+        for name in ("activation", "process_group"):
+            if getattr(self, name) is not None:
+                text += f", {name}={getattr(self, name)!r}"
+        return text
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:

@@ -2,7 +2,8 @@
 
 They are what a compiled graph contains. Autograd lies outside them (``autograd.py``); the backend is looked up when
 they run, so a trace does not depend on the machine it was made on. Arguments: ``backends/reference.py``, and
-``traced``: whether the call comes from a trace, in which ``checkpointing.py`` cannot recognize that it is run again.
+``traced``: whether the call comes from a trace, in which ``checkpointing.py`` cannot recognize that it is run again;
+``process_group``: the name of the group whose batch it is (``distributed.py``), None: this process's own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from . import backends
+from . import backends, distributed
 from .backends.layout import bits_shape
 from .backends.reference import keeps_bits, statistics_dtype
 
@@ -20,38 +21,82 @@ _operators = library.Library("brn_kernels", "DEF")
 _operators.define(
     "forward(Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? clipped,"
-    " Tensor? limits, float[] schedule, float? momentum, float eps, str? activation, str backend, bool traced)"
+    " Tensor? limits, float[] schedule, float? momentum, float eps, str? activation, str backend, bool traced,"
+    " str? process_group=None)"
     " -> (Tensor y, Tensor saved, Tensor bits)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _operators.define(
     "backward(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor saved,"
-    " Tensor bits, str? activation, bool needs_dx, bool needs_dresidual, str backend)"
+    " Tensor bits, str? activation, bool needs_dx, bool needs_dresidual, str backend, str? process_group=None)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @library.impl(_operators, "forward", "CompositeExplicitAutograd")
-def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *rest, backend, traced = arguments
-    if traced and torch._C._current_graph_task_id() != -1 and rest[4] is not None:
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    clipped: Tensor | None,
+    limits: Tensor | None,
+    schedule: list[float],
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    backend: str,
+    traced: bool,
+    process_group: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if traced and torch._C._current_graph_task_id() != -1 and running_mean is not None:
         raise RuntimeError(
             "activation checkpointing together with torch.compile runs Batch Renormalization again after its running "
             "statistics have moved, which gives wrong gradients: leave the layer out of one of the two"
         )
-    return backends.resolve(backend, x.device.type).forward(x, *rest)
+    arguments = (
+        x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
+        momentum, eps, activation,
+    )  # fmt: skip
+    kernels = backends.resolve(backend, x.device.type)
+    if (group := distributed.group_of(process_group)) is not None:
+        return distributed.forward(kernels, group, *arguments)
+    return kernels.forward(*arguments)
 
 
 @library.impl(_operators, "backward", "CompositeExplicitAutograd")
-def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *rest, backend = arguments
-    return backends.resolve(backend, x.device.type).backward(dy, x, *rest)
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    bits: Tensor,
+    activation: str | None,
+    needs_dx: bool,
+    needs_dresidual: bool,
+    backend: str,
+    process_group: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (
+        dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual,
+    )  # fmt: skip
+    kernels = backends.resolve(backend, x.device.type)
+    if (group := distributed.group_of(process_group)) is not None:
+        return distributed.backward(kernels, group, *arguments)
+    return kernels.backward(*arguments)
 
 
 @library.register_fake("brn_kernels::forward", lib=_operators)
 def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    activation, _, _ = rest[-3:]
+    activation = rest[11]
     channels = x.shape[1] if x.dim() > 1 else 0
     saved = x.new_empty(4, channels, dtype=statistics_dtype(x))
     kept = keeps_bits(residual, activation) and x.numel() > 0
@@ -61,7 +106,7 @@ def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tenso
 
 @library.register_fake("brn_kernels::backward", lib=_operators)
 def _fake_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    saved, _, _, needs_dx, needs_dresidual, _ = arguments[4:]
+    saved, _, _, needs_dx, needs_dresidual = arguments[4:9]
     dweight, dbias = saved.new_empty(saved.shape[1]), saved.new_empty(saved.shape[1])
     dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
     dresidual = torch.empty_like(x) if needs_dresidual else x.new_empty(0)

@@ -118,16 +118,6 @@ def test_nan_under_the_mask_reaches_no_gradient(backend, device, activation, mod
     assert not gradients[0][0].any() and not gradients[1][0].any()
 
 
-def test_forward_mode_is_refused_with_frozen_parameters_too(device):
-    """It returned a tangent of zero, and updated the statistics."""
-    layer = brn.BatchRenorm2d(3, device=device).requires_grad_(False)
-    x = torch.randn(4, 3, 2, 2, device=device)
-    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
-        torch.func.jvp(layer, (x,), (x,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
-        layer(torch.autograd.forward_ad.make_dual(x, x))
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_saved_tensors_that_come_back_in_another_memory_format(backend, device, layout):
     """The packed bits of ReLU are in the order x had: pinning save_on_cpu hands back a contiguous x."""

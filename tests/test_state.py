@@ -123,8 +123,6 @@ def test_batchnorms_constructor_works_and_bad_arguments_do_not():
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=name):
             brn.BatchRenorm2d(8, **arguments)
-    with pytest.raises(NotImplementedError, match="process_group"):
-        brn.BatchRenorm2d(8, process_group=object())
 
 
 def test_statistics_are_frozen_while_tracking_is_off(backend, device):

@@ -1,7 +1,8 @@
 """Which backend computes: chosen by the user, or for the device at hand.
 
 A backend is a module of this package with ``forward`` and ``backward`` (signatures: ``reference.py``, the
-specification) and, unless it runs everywhere, ``unusable(device_type)``, which says why it cannot run there.
+specification); except for the reference, also ``unusable(device_type)``, which says why it cannot run there, and
+``is_fused(x, residual, mask, activation)``, which says whether its kernels do such a call or leave it to the reference.
 """
 
 from __future__ import annotations

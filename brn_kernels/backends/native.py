@@ -26,6 +26,11 @@ def unusable(device_type: str) -> str | None:
     return _load().get(device_type)
 
 
+def is_fused(x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> bool:
+    """Whether the kernels do this call; what they do not is the reference backend's."""
+    return mask is None and x.numel() > 0
+
+
 @functools.cache
 def _load() -> dict[str, str | None]:
     """Load what is built; for each type of device, why it has no kernels."""
@@ -67,7 +72,7 @@ def forward(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.forward``; a mask is left to it."""
-    if mask is not None or x.numel() == 0:
+    if not is_fused(x, residual, mask, activation):
         return reference.forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
             momentum, eps, activation,
@@ -104,7 +109,7 @@ def backward(
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``reference.backward``; a mask is left to it."""
-    if mask is not None or x.numel() == 0:
+    if not is_fused(x, residual, mask, activation):
         return reference.backward(
             dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual
         )

@@ -54,40 +54,12 @@ def forward(
         return y, torch.zeros(4, channels, dtype=statistics_dtype(x), device=x.device), empty_bits(x)
 
     batch_mean, batch_var, m = batch_statistics(x, mask)
-    inv_std = torch.rsqrt(batch_var + eps)
-    if running_mean is None or running_var is None:
-        r, d = torch.ones_like(batch_mean), torch.zeros_like(batch_mean)
-    else:
-        if limits is None:
-            step = num_batches_tracked
-            if step is None:
-                step = torch.zeros((), dtype=torch.long, device=x.device)
-            r_max, d_max = limits_at(step, schedule, batch_mean.dtype)
-        else:
-            r_max, d_max = limits.to(batch_mean.dtype).unbind()
-        r, d, is_clipped = correction(batch_mean, batch_var, running_mean, running_var, r_max, d_max, eps)
-    z = normalize(x, residual, weight, bias, batch_mean, inv_std, r, d)
-    bits = layout.pack_bits(~(z <= 0), x) if keeps_bits(residual, activation) else empty_bits(x)
-    z = activate(z, activation)
-    y.copy_(z if mask is None else torch.where(mask, z, 0))
-
-    if running_mean is not None and running_var is not None:
-        factor: Tensor | float
-        if momentum is None:  # a cumulative average
-            assert num_batches_tracked is not None
-            factor = 1 / (num_batches_tracked + 1).to(batch_mean.dtype)
-        else:
-            factor = momentum
-        finite = torch.isfinite(batch_mean) & torch.isfinite(batch_var)
-        has_variance = torch.ones_like(finite) & (m >= 2)  # one value, or none, says nothing about a variance
-        unbiased_var = batch_var * (m / (m - 1 + (m < 2)))
-        update_running(running_mean, batch_mean, factor, finite & has_variance)
-        update_running(running_var, unbiased_var, factor, finite & has_variance)
-        if clipped is not None:
-            clipped.copy_(torch.where(has_variance, is_clipped | ~finite, clipped))
-    if num_batches_tracked is not None:
-        num_batches_tracked += 1
-    return y, torch.stack([batch_mean, inv_std, r, d]), bits
+    saved, is_clipped = corrected(
+        batch_mean, batch_var, running_mean, running_var, num_batches_tracked, limits, schedule, eps
+    )
+    bits = write(y, x, residual, mask, weight, bias, saved, activation)
+    update(batch_mean, batch_var, m, is_clipped, running_mean, running_var, num_batches_tracked, clipped, momentum)
+    return y, saved, bits
 
 
 def backward(
@@ -110,26 +82,15 @@ def backward(
     """
     dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
     dresidual = torch.empty_like(x) if needs_dresidual else x.new_empty(0)
-    batch_mean, inv_std, r, d = saved.unbind()
+    _, _, r, d = saved.unbind()
     if x.numel() == 0:
         return dx, torch.zeros_like(r), torch.zeros_like(r), dresidual
 
-    dy = dy.to(saved.dtype)
-    if bits.numel() > 0:
-        dy = torch.where(layout.unpack_bits(bits, x), dy, 0)
-    elif activation is not None:
-        z = normalize(x, residual, weight, bias, batch_mean, inv_std, r, d)
-        dy = activation_backward(dy, z, activation)
-    x_bn = (x.to(saved.dtype) - per_channel(batch_mean, x)) * per_channel(inv_std, x)
-    m: Tensor | int = x.numel() // x.shape[1]
-    if mask is not None:
-        dy, x_bn = torch.where(mask, dy, 0), torch.where(mask, x_bn, 0)
-        m = mask.sum().clamp(min=1).to(saved.dtype)
+    dy, x_bn = upstream(dy, x, residual, mask, weight, bias, saved, bits, activation)
     S1, S2 = dy.sum(reduced_dims(x)), (dy * x_bn).sum(reduced_dims(x))
     if needs_dx:
-        scale = r * inv_std if weight is None else weight.to(saved.dtype) * r * inv_std
-        centered = dy - per_channel(S1 / m, x) - x_bn * per_channel(S2 / m, x)
-        dx.copy_(per_channel(scale, x) * (centered if mask is None else torch.where(mask, centered, 0)))
+        m: Tensor | int = x.numel() // x.shape[1] if mask is None else mask.sum().clamp(min=1).to(saved.dtype)
+        dx.copy_(gradient_of_x(dy, x_bn, mask, weight, saved, S1 / m, S2 / m))
     if needs_dresidual:
         dresidual.copy_(dy)
     return dx, r * S2 + d * S1, S1, dresidual
@@ -145,6 +106,33 @@ def batch_statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Te
     batch_mean = torch.where(mask, x, 0).sum(dims) / m.clamp(min=1)
     centered = torch.where(mask, x - per_channel(batch_mean, x), 0)
     return batch_mean, centered.square().sum(dims) / m.clamp(min=1), m
+
+
+def corrected(
+    batch_mean: Tensor,
+    batch_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    limits: Tensor | None,
+    schedule: list[float],
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``saved``, (4, C): batch_mean, inv_std, r, d; and whether r or d was clipped, (C,)."""
+    inv_std = torch.rsqrt(batch_var + eps)
+    if running_mean is None or running_var is None:
+        r, d = torch.ones_like(batch_mean), torch.zeros_like(batch_mean)
+        is_clipped = torch.zeros_like(batch_mean, dtype=torch.bool)
+    else:
+        if limits is None:
+            step = num_batches_tracked
+            if step is None:
+                step = torch.zeros((), dtype=torch.long, device=batch_mean.device)
+            r_max, d_max = limits_at(step, schedule, batch_mean.dtype)
+        else:
+            r_max, d_max = limits.to(batch_mean.dtype).unbind()
+        r, d, is_clipped = correction(batch_mean, batch_var, running_mean, running_var, r_max, d_max, eps)
+    return torch.stack([batch_mean, inv_std, r, d]), is_clipped
 
 
 def correction(
@@ -166,6 +154,54 @@ def correction(
     return r, d, is_clipped
 
 
+def write(
+    y: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    activation: str | None,
+) -> Tensor:
+    """Write y; return the ``bits`` for the backward."""
+    z = normalize(x, residual, weight, bias, *saved.unbind())
+    bits = layout.pack_bits(~(z <= 0), x) if keeps_bits(residual, activation) else empty_bits(x)
+    z = activate(z, activation)
+    y.copy_(z if mask is None else torch.where(mask, z, 0))
+    return bits
+
+
+def update(
+    batch_mean: Tensor,
+    batch_var: Tensor,
+    m: Tensor | int,
+    is_clipped: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    clipped: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Move the running statistics, the counter and the clipped flags, in place."""
+    if running_mean is not None and running_var is not None:
+        factor: Tensor | float
+        if momentum is None:  # a cumulative average
+            assert num_batches_tracked is not None
+            factor = 1 / (num_batches_tracked + 1).to(batch_mean.dtype)
+        else:
+            factor = momentum
+        finite = torch.isfinite(batch_mean) & torch.isfinite(batch_var)
+        has_variance = torch.ones_like(finite) & (m >= 2)  # one value, or none, says nothing about a variance
+        unbiased_var = batch_var * (m / (m - 1 + (m < 2)))
+        update_running(running_mean, batch_mean, factor, finite & has_variance)
+        update_running(running_var, unbiased_var, factor, finite & has_variance)
+        if clipped is not None:
+            clipped.copy_(torch.where(has_variance, is_clipped | ~finite, clipped))
+    if num_batches_tracked is not None:
+        num_batches_tracked += 1
+
+
 def normalize(
     x: Tensor,
     residual: Tensor | None,
@@ -184,6 +220,45 @@ def normalize(
     if bias is not None:
         z = z + per_channel(bias.to(dtype), x)
     return z if residual is None else z + residual.to(dtype)
+
+
+def upstream(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    bits: Tensor,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """dy', which is dy after the activation's derivative, and x_bn; in the statistics' dtype, 0 where masked."""
+    batch_mean, inv_std, r, d = saved.unbind()
+    dy = dy.to(saved.dtype)
+    if bits.numel() > 0:
+        dy = torch.where(layout.unpack_bits(bits, x), dy, 0)
+    elif activation is not None:
+        z = normalize(x, residual, weight, bias, batch_mean, inv_std, r, d)
+        dy = activation_backward(dy, z, activation)
+    x_bn = (x.to(saved.dtype) - per_channel(batch_mean, x)) * per_channel(inv_std, x)
+    return (dy, x_bn) if mask is None else (torch.where(mask, dy, 0), torch.where(mask, x_bn, 0))
+
+
+def gradient_of_x(
+    dy: Tensor,
+    x_bn: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    saved: Tensor,
+    mean_S1: Tensor,
+    mean_S2: Tensor,
+) -> Tensor:
+    """Return gamma * r / sigma_B * (dy' - S1/m - x_bn * S2/m), from dy' and x_bn; 0 where masked."""
+    _, inv_std, r, _ = saved.unbind()
+    scale = r * inv_std if weight is None else weight.to(saved.dtype) * r * inv_std
+    centered = dy - per_channel(mean_S1, dy) - x_bn * per_channel(mean_S2, dy)
+    return per_channel(scale, dy) * (centered if mask is None else torch.where(mask, centered, 0))
 
 
 def composed(

@@ -28,8 +28,7 @@ def test_batch_norm_act_keeps_drop_and_act(timm):
 def test_sync_batch_norm_act(timm):
     model = nn.Sequential(timm.layers.SyncBatchNormAct(3))
     model[0].drop, model[0].act = nn.Identity(), nn.ReLU()
-    with pytest.warns(UserWarning, match="SyncBatchNorm converted"):
-        brn.convert_batchnorm(model)
+    brn.convert_batchnorm(model)
     assert (model(torch.randn(4, 3, 5, 5)) >= 0).all()
     brn.revert_to_batchnorm(model)
     assert type(model[0]) is timm.layers.SyncBatchNormAct

@@ -1,0 +1,229 @@
+"""What each process of ``test_distributed.py`` runs: ``torchrun distributed_worker.py CHECK BACKEND``.
+
+Every check raises where it fails, so that torchrun exits with an error.
+"""
+
+import copy
+import datetime
+import os
+import re
+import sys
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+import torch.distributed as dist
+from oracle import Oracle
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import brn_kernels as brn
+
+TIMEOUT_S = 5
+SIZES = ([3, 2, 1, 4], [3, 0, 2, 1])  # samples of each process: uneven, and one with none
+CHANNELS = 5
+LIMITS = brn.ClipSchedule.constant(1.2, 0.3)  # clip some channels
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def part(values, sizes):
+    """This process's samples."""
+    first = sum(sizes[: dist.get_rank()])
+    return values[first : first + sizes[dist.get_rank()]]
+
+
+def normal(*shape, seed, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def summed(value):
+    value = value.double().clone()
+    dist.all_reduce(value)
+    return value
+
+
+def oracle():
+    for sizes in (sizes[: dist.get_world_size()] for sizes in SIZES):
+        for dtype in TOLERANCE:
+            for activation, with_residual, masked in (
+                (None, False, False), ("relu", True, False), ("silu", True, False), ("hardswish", False, True),
+            ):  # fmt: skip
+                equals_the_oracle(sizes, dtype, activation, with_residual, masked)
+
+
+def equals_the_oracle(sizes, dtype, activation, with_residual, masked):
+    """Three steps of the processes against one process with the whole batch, in float64."""
+    layer = brn.BatchRenorm2d(
+        CHANNELS, momentum=0.2, schedule=LIMITS, activation=activation, process_group=dist.group.WORLD
+    ).to(dtype)
+    weight, bias = (torch.linspace(*ends, CHANNELS, dtype=torch.float64) for ends in ((0.5, 1.5), (-1, 1)))
+    truth = Oracle(CHANNELS, weight.requires_grad_(), bias.requires_grad_(), 0.2, 1e-5, activation, 1.2, 0.3)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    shape = (sum(sizes), CHANNELS, 4, 3)
+
+    def close(ours, theirs, name):
+        torch.testing.assert_close(
+            ours.detach().double(), theirs.detach(), rtol=0, atol=TOLERANCE[dtype] * 10, msg=lambda m: f"{name}: {m}"
+        )
+
+    for step in range(3):
+        x64, residual64, dy64 = (normal(*shape, seed=3 * step + k, dtype=dtype).double() for k in range(3))
+        x64 = (x64 * 1.5 + step * 0.5).to(dtype).double().requires_grad_()
+        residual64.requires_grad_()
+        mask = normal(shape[0], 1, 4, 3, seed=step) > -0.5 if masked else None
+        weight.grad = bias.grad = layer.weight.grad = layer.bias.grad = None
+        y64 = truth(x64, residual64 if with_residual else None, mask)
+        y64.backward(dy64)
+        x, residual = (part(t.detach(), sizes).to(dtype).requires_grad_() for t in (x64, residual64))
+        y = layer(x, residual if with_residual else None, None if mask is None else part(mask, sizes))
+        y.backward(part(dy64, sizes).to(dtype))
+        close(y, part(y64, sizes), "y")
+        close(x.grad, part(x64.grad, sizes), "dx")
+        if with_residual:
+            close(residual.grad, part(residual64.grad, sizes), "dresidual")
+        close(summed(layer.weight.grad), weight.grad, "dweight")
+        close(summed(layer.bias.grad), bias.grad, "dbias")
+        close(layer.running_mean, truth.running_mean, "running_mean")
+        close(layer.running_var, truth.running_var, "running_var")
+        assert layer.clipped.equal(truth.clipped) and layer.num_batches_tracked == step + 1
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, CHANNELS, 3, padding=1, bias=False)
+        self.norm1 = brn.BatchRenorm2d(CHANNELS, momentum=0.2, schedule=LIMITS, activation="relu")
+        self.norm2 = brn.BatchRenorm2d(CHANNELS, momentum=0.2, schedule=LIMITS)
+        self.head = nn.Linear(CHANNELS, 4)
+
+    def forward(self, x):
+        h = self.norm1(self.conv(x))
+        return self.head(self.norm2(h * 1.5, residual=h).mean((2, 3)))
+
+
+def trains_alike(wrap, steps=4):
+    """A wrapped model of several processes against the plain one with the whole batch; equal local batches."""
+    world = dist.get_world_size()
+    torch.manual_seed(0)
+    plain = Net().double()
+    model = wrap(brn.convert_sync(copy.deepcopy(plain)))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, model)]
+    for step in range(steps):
+        x, target = normal(2 * world, 3, 5, 5, seed=step) * (1 + step), normal(2 * world, 4, seed=100 + step)
+        sizes = [2] * world
+        for net, optimizer, xs, targets in (
+            (plain, optimizers[0], x, target), (model, optimizers[1], part(x, sizes), part(target, sizes)),
+        ):  # fmt: skip
+            optimizer.zero_grad()
+            nn.functional.mse_loss(net(xs), targets).backward()
+            optimizer.step()
+    ours = {re.sub(r"module\.|_orig_mod\.", "", name): value for name, value in model.state_dict().items()}
+    for name, expected in plain.state_dict().items():
+        value = ours[name].full_tensor() if hasattr(ours[name], "full_tensor") else ours[name]
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def ddp():
+    for broadcast_buffers in (True, False):
+        trains_alike(lambda model, b=broadcast_buffers: DistributedDataParallel(model, broadcast_buffers=b))
+
+
+def fsdp():
+    def shard(model):
+        mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in (model.norm1, model.norm2, model):
+            fully_shard(block, mesh=mesh)
+        return model
+
+    trains_alike(shard)
+
+
+def checkpointing():
+    """The second run exchanges statistics again, and moves nothing."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.module = model
+
+        def forward(self, x):
+            return checkpoint(self.module, x, use_reentrant=False)
+
+    trains_alike(lambda model: DistributedDataParallel(Checkpointed(model)))
+
+
+def compiled():
+    """One graph, and the same training."""
+    trains_alike(lambda model: DistributedDataParallel(torch.compile(model, fullgraph=True, backend="aot_eager")))
+    torch.manual_seed(0)
+    eager = brn.convert_sync(Net())
+    model = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        x = normal(2 + dist.get_rank(), 3, 5, 5, seed=10 * step + dist.get_rank(), dtype=torch.float32)
+        dy = normal(x.shape[0], 4, seed=step, dtype=torch.float32)
+        for net in (eager, model):
+            net(x).backward(dy)
+    for p, q in zip(eager.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    torch.testing.assert_close(eager.norm2.running_var, model.norm2.running_var)
+
+
+def groups():
+    """A layer of two groups of a half each; evaluation and a single process exchange nothing."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    halves = [dist.new_group(range(world // 2)), dist.new_group(range(world // 2, world))]
+    mine = halves[rank >= world // 2]
+    layer = copy.deepcopy(brn.BatchRenorm1d(3, process_group=mine, momentum=1.0))
+    layer(normal(4, 3, seed=rank, dtype=torch.float32))
+    ranks = range(world // 2) if rank < world // 2 else range(world // 2, world)
+    expected = torch.cat([normal(4, 3, seed=r, dtype=torch.float32) for r in ranks]).mean(0)
+    torch.testing.assert_close(layer.running_mean, expected)
+    if rank == 0:
+        layer.eval()(torch.randn(2, 3))  # would wait for the others
+
+
+def dead():
+    """One process dies before its second step: the others must learn of it, not wait for ever."""
+    layer = brn.convert_sync(brn.BatchRenorm1d(3))
+    layer(torch.randn(4, 3))
+    if dist.get_rank() == 1:
+        os._exit(3)
+    fails(lambda: layer(torch.randn(4, 3)))
+
+
+def mismatch():
+    """One process has a batch of the wrong shape: it says so, and the others do not wait for ever."""
+    layer = brn.convert_sync(brn.BatchRenorm1d(3))
+    if dist.get_rank() == 1:
+        try:
+            layer(torch.randn(4, 2))
+        except ValueError as error:
+            assert "expected shape (2,)" in str(error), error
+        return
+    fails(lambda: layer(torch.randn(4, 3)))
+
+
+def fails(call):
+    start = datetime.datetime.now()
+    try:
+        call()
+    except RuntimeError as error:
+        assert (datetime.datetime.now() - start).total_seconds() < 3 * TIMEOUT_S
+        print("the others learnt:", str(error)[:80], flush=True)
+        return
+    raise AssertionError("went on without a process")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
+    check, backend = sys.argv[1:]
+    with brn.use_backend(backend):
+        globals()[check]()
+    print(f"{check}: passed", flush=True)
+    if check not in ("dead", "mismatch"):
+        dist.destroy_process_group()

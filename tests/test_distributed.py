@@ -1,0 +1,79 @@
+"""Statistics of several processes: real ones, started by torchrun, compared with one that has the whole batch."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import brn_kernels as brn
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without Gloo")
+
+
+def run(check, backend, processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*command, str(WORKER), check, backend],
+        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+
+
+def passes(check, backend, processes):
+    done = run(check, backend, processes)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert done.stdout.count(f"{check}: passed") == processes, done.stdout
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_equals_one_process_with_the_whole_batch(backend, processes):
+    if backend == "triton" and processes == 4:
+        pytest.skip("interpreted kernels: two processes show the same in half the time")
+    passes("oracle", backend, processes)
+
+
+@pytest.mark.parametrize("check", ["ddp", "fsdp", "checkpointing", "compiled"])
+def test_training_equals_one_process(check):
+    passes(check, "auto", 2)
+
+
+def test_groups_of_their_own_and_evaluation_alone():
+    passes("groups", "auto", 4)
+
+
+@pytest.mark.parametrize("check", ["dead", "mismatch"])
+def test_the_others_fail_within_the_timeout(check):
+    done = run(check, "auto", 2)
+    assert "the others learnt" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+def test_without_other_processes_nothing_changes(backend, device):
+    torch.manual_seed(0)
+    alone, synced = brn.BatchRenorm2d(3, device=device), brn.convert_sync(brn.BatchRenorm2d(3, device=device))
+    x = torch.randn(4, 3, 2, 2, device=device)
+    assert torch.equal(alone(x), synced(x)) and torch.equal(alone.running_var, synced.running_var)
+
+
+def test_the_group_survives_copies_and_is_shown():
+    layer = pickle.loads(pickle.dumps(brn.convert_sync(nn.Sequential(brn.BatchRenorm1d(3)))))[0]
+    assert layer.process_group == "default" and "process_group='default'" in repr(layer)
+
+
+def test_sync_batch_norm_converts_with_its_group_and_back():
+    layer = brn.convert_batchnorm(nn.SyncBatchNorm(3))
+    assert layer.process_group == "default"
+    back = brn.revert_to_batchnorm(layer)
+    assert type(back) is nn.SyncBatchNorm and back.process_group is None
+    assert brn.convert_batchnorm(nn.BatchNorm2d(3)).process_group is None
+
+
+def test_something_that_is_no_group_is_refused():
+    with pytest.raises(ValueError, match="process_group must be"):
+        brn.BatchRenorm2d(3, process_group=object())
