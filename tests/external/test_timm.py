@@ -34,7 +34,9 @@ def test_sync_batch_norm_act(timm):
     assert type(model[0]) is timm.layers.SyncBatchNormAct
 
 
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "mobilenetv3_small_100", "resnetv2_50"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "efficientnet_b0", "mobilenetv3_small_100", "resnetv2_50", "regnetx_002", "convnext_atto"]
+)
 def test_models_convert_train_and_revert(timm, name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, drop_path_rate=0.0).double()

@@ -1,6 +1,7 @@
 """Whole torchvision models: converted, trained a step, reverted."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -42,6 +43,25 @@ def test_with_closed_limits_a_converted_model_trains_as_before(torchvision, name
     assert_gradients_close(model, converted)
     for buffer, value in model.state_dict().items():
         torch.testing.assert_close(converted.state_dict()[buffer], value, rtol=1e-9, atol=1e-9, msg=buffer)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf"])
+def test_built_with_norm_layer_it_trains_and_reverts(torchvision, name):
+    """What takes ``norm_layer=`` takes ours; other eps and momenta of a family are then ours to give."""
+    torch.manual_seed(0)
+    norm_layer = functools.partial(brn.BatchRenorm2d, schedule=brn.ClipSchedule.constant(2, 1))
+    model = getattr(torchvision.models, name)(num_classes=5, norm_layer=norm_layer)
+    layers = [m for m in model.modules() if isinstance(m, brn.BatchRenorm2d)]
+    assert layers and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    y = model(torch.randn(2, 3, 64, 64))
+    y.backward(torch.randn_like(y))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    optimizer.step()
+    assert all(layer.num_batches_tracked == 1 and layer.running_mean.abs().max() > 0 for layer in layers)
+    x = torch.randn(1, 3, 64, 64)
+    expected = model.eval()(x)
+    assert torch.equal(brn.revert_to_batchnorm(model)(x), expected)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121"])
