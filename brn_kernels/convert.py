@@ -14,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import distributed
 from .backends import reference
-from .modules import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .modules import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, as_one_node, is_one_node
 from .schedule import ClipSchedule
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -139,8 +139,10 @@ class _DropAndAct:
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        y = super().forward(x, *arguments, **keywords)  # type: ignore[misc]
+    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if is_one_node(self, x):
+            return as_one_node(self, x, residual=residual, mask=mask)
+        y = super().forward(x, residual, mask)  # type: ignore[misc]
         return self.act(self.drop(y))
 
 
@@ -158,6 +160,8 @@ class _Activating:
     activation: str
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if is_one_node(self, x):
+            return as_one_node(self, x, residual=residual)
         y = super().forward(x)  # type: ignore[misc]
         return reference.activate(y if residual is None else y + residual, self.activation)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import init
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -100,6 +101,8 @@ class BatchRenorm(_NormBase):
             ValueError: an argument of the wrong rank, shape, dtype or device, or one value per channel in training;
                 nothing has been updated then.
         """
+        if type(x) is not Tensor and type(self).forward is BatchRenorm.forward and is_one_node(self, x):
+            return as_one_node(self, x, residual=residual, mask=mask)
         self._check_input_dim(x)
         training = self.training or (self.running_mean is None and self.running_var is None)
         tracked = self.track_running_stats or not training
@@ -162,6 +165,17 @@ class BatchRenorm(_NormBase):
             if statistic is not None and statistic.dtype in (torch.float16, torch.bfloat16):
                 source = statistic if wide is None or wide.is_meta else wide
                 self._buffers[name] = source.to(device=statistic.device, dtype=torch.float32)
+
+
+def is_one_node(layer: Any, x: Any) -> bool:
+    """Whether ``torch.fx`` is tracing a module that calls ``layer``: x then has no shape and dtype to check."""
+    return isinstance(x, Proxy) and getattr(x.tracer, "root", None) is not layer
+
+
+def as_one_node(layer: Any, x: Any, **others: Any) -> Any:
+    """The call of ``layer`` as one node of the graph being traced, as a call of a layer of PyTorch is."""
+    given = {name: value for name, value in others.items() if value is not None}
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), given)
 
 
 class BatchRenorm1d(BatchRenorm):
