@@ -21,8 +21,6 @@ from torch import Tensor
 
 from .backends import reference
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-
 DEFAULT_GROUP = "default"  # the name, in a layer, of the default group of the process that runs it
 
 
@@ -113,12 +111,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``reference.backward`` with dx of all processes' sums; dweight and dbias are of the local values."""
     batch_mean, inv_std, r, d = saved.unbind()
-    fused = x.numel() > 0 and mask is None and _fuses(backend, x, residual, activation)
-    if x.numel() == 0:
-        dx, S2, S1, dresidual = reference.backward(
-            dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual
-        )
-    elif fused:  # with r and d moved into weight and bias, its dweight is S2; its dx is of the local sums
+    fused = mask is None and _fuses(backend, x, residual, activation)
+    if fused:  # with r and d moved into weight and bias, its dweight is S2; its dx is of the local sums
         scale, shift = _scale_and_shift(weight, bias, saved)
         plain = torch.stack([batch_mean, inv_std, torch.ones_like(r), torch.zeros_like(d)])
         dx, S2, S1, dresidual = backend.backward(
@@ -127,10 +121,8 @@ def backward(
     else:
         g, x_bn = reference.upstream(dy, x, residual, mask, weight, bias, saved, bits, activation)
         S1, S2 = g.sum(reference.reduced_dims(x)), (g * x_bn).sum(reference.reduced_dims(x))
-        dresidual = x.new_empty(0)
-        if needs_dresidual:
-            dresidual = torch.empty_like(x).copy_(g)
         dx = x.new_empty(0)
+        dresidual = torch.empty_like(x).copy_(g) if needs_dresidual else x.new_empty(0)
 
     if needs_dx:
         count = _count(x, mask)
@@ -141,7 +133,7 @@ def backward(
         if fused:  # from the local sums' dx to that of all: one more pass
             of_x = scale * inv_std * (S2 / count - mean_S2).to(saved.dtype)
             dx, _ = _affine(backend, x, dx, batch_mean, of_x, scale * (S1 / count - mean_S1).to(saved.dtype), None)
-        elif x.numel() > 0:
+        else:
             dx = torch.empty_like(x).copy_(reference.gradient_of_x(g, x_bn, mask, weight, saved, mean_S1, mean_S2))
     return dx, r * S2 + d * S1, S1, dresidual
 
@@ -158,7 +150,8 @@ def _statistics(group: dist.ProcessGroup, x: Tensor, mask: Tensor | None) -> tup
         count = _count(x, mask)
         local = torch.stack([mean.double(), var.double() * count])
     gathered = torch.empty(group.size() * (2 * channels + 1), dtype=torch.float64, device=x.device)
-    _all_gather(gathered, torch.cat([count.view(1), local.flatten()]), group=group)
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    all_gather(gathered, torch.cat([count.view(1), local.flatten()]), group=group)
 
     counts, means, m2s = gathered.view(group.size(), -1).split([1, channels, channels], dim=1)
     m = counts.sum()

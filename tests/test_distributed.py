@@ -76,6 +76,20 @@ def test_sync_batch_norm_converts_with_its_group_and_back():
     assert brn.convert_batchnorm(nn.BatchNorm2d(3)).process_group is None
 
 
+def test_a_torch_without_distributed_still_imports_and_trains():
+    """Some builds have none of its names."""
+    script = """
+import torch.distributed as dist
+dist.is_available = lambda: False
+for name in ("all_gather_single", "all_gather_into_tensor", "ProcessGroup", "group"):
+    vars(dist).pop(name, None)
+import torch, brn_kernels as brn
+brn.convert_sync(brn.BatchRenorm1d(3))(torch.randn(4, 3))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_something_that_is_no_group_is_refused():
     with pytest.raises(ValueError, match="process_group must be"):
         brn.BatchRenorm2d(3, process_group=object())

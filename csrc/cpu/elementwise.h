@@ -2,7 +2,7 @@
 // a row belongs to one channel, one value for each lane where it crosses channels.
 #pragma once
 
-#include "simd.h"
+#include "group.h"
 
 namespace brn {
 namespace {
