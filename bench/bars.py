@@ -1,184 +1,129 @@
-"""The speeds the Triton kernels must reach, measured in one run: ``python -m bench.bars``.
-
-Every number is a ratio against something measured in the same run: a copy of the same bytes, or what a user would pick
-instead. L2 is flushed before each call. Limits are open and nothing clips, unless a row says otherwise. Results are
-checked against float64 before anything is timed. Writes a table, and a CSV with device, versions, commit and date.
-"""
+"""The speeds that are aimed at, judged on the CSV of a run: met, missed, or not measured."""
 
 from __future__ import annotations
 
-import argparse
-import math
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-import triton
-from tabulate import tabulate
-from torch import Tensor, nn
-from tqdm import tqdm
-from triton.testing import do_bench
+import pandas as pd
 
-import brn_kernels as brn
-from bench.cases import RESNET50
-from bench.peers import BatchNorm, compiled
-from bench.record import write_csv
+from . import report
+from .layers import COPY, geometric_mean
+from .peers import OURS
 
-BATCH = 256
-FORMATS = {
-    "bf16 channels_last": (torch.bfloat16, torch.channels_last),
-    "fp32 contiguous": (torch.float32, torch.contiguous_format),
-}
-# (what, format) -> bound; "at most" for times, "at least" for speed-ups
-BARS = {
-    ("forward / clone, >= 200 MB", "bf16 channels_last"): ("at most", 1.15),
-    ("forward / clone, >= 200 MB", "fp32 contiguous"): ("at most", 1.15),
-    ("backward / 5 passes, >= 200 MB", "bf16 channels_last"): ("at most", 1.15),
-    ("backward / 5 passes, >= 200 MB", "fp32 contiguous"): ("at most", 1.15),
-    ("ResNet-50, eager BatchNorm / ours", "bf16 channels_last"): ("at least", 2.5),
-    ("ResNet-50, eager BatchNorm / ours", "fp32 contiguous"): ("at least", 1.5),
-    ("ResNet-50, compiled BatchNorm / ours", "bf16 channels_last"): ("at least", 1.3),
-    ("ResNet-50, compiled BatchNorm / ours", "fp32 contiguous"): ("at least", 1.3),
-}
+BF16, FP32 = ("bfloat16", "channels_last"), ("float32", "contiguous")
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    """Median time of a call on the GPU, L2 flushed."""
-    return do_bench(call, warmup=10, rep=60, quantiles=[0.5])
+@dataclass(frozen=True)
+class Bar:
+    """A bound on a number of a run; ``value`` gives None where the run has not measured it."""
+
+    name: str
+    value: Callable[[pd.DataFrame], float | None]
+    bound: float
+    at_most: bool = True
 
 
-def tensors(channels: int, size: int, what: str, form: str) -> tuple[Tensor, Tensor | None, Tensor]:
-    """x, residual or None, and dy of a layer."""
-    dtype, memory_format = FORMATS[form]
-
-    def normal() -> Tensor:
-        values = torch.randn(BATCH, channels, size, size, device="cuda", dtype=dtype)
-        return values.to(memory_format=memory_format)
-
-    return normal().requires_grad_(), normal().requires_grad_() if what == "add" else None, normal()
-
-
-def settled(channels: int, what: str, x: Tensor, residual: Tensor | None) -> brn.BatchRenorm2d:
-    """Our layer, its running statistics near the data's, so that nothing clips."""
-    layer = brn.BatchRenorm2d(
-        channels, schedule=brn.ClipSchedule.constant(3, 5), activation=None if what == "plain" else "relu"
-    ).cuda()
-    layer.running_mean.normal_(0, 0.05)
-    for _ in range(3):
-        layer(x, residual)
-    assert not layer.clipped.any()
-    return layer
+def _layers(
+    rows: pd.DataFrame, form: tuple[str, str], direction: str, candidate: str = OURS, **where: object
+) -> pd.DataFrame:
+    chosen = rows[(rows.part == "layer") & (rows.dtype == form[0]) & (rows.layout == form[1]) & (rows.direction == direction)
+                  & rows.candidate.str.startswith(candidate) & rows.p50_us.notna()]  # fmt: skip
+    for name, value in ({"mode": "eager", "state": "open"} | where).items():
+        chosen = chosen[chosen[name] == value]
+    return chosen
 
 
-def check(layer: brn.BatchRenorm2d, x: Tensor, residual: Tensor | None, dy: Tensor) -> None:
-    """Refuse to time wrong results: a few channels against float64."""
-    some = slice(0, 4)
-    mean, var = layer.running_mean[some].double(), layer.running_var[some].double()
-    scale = (layer.weight[some].double() / (var + layer.eps).sqrt())[:, None, None]
-    z = (x[:, some].double() - mean[:, None, None]) * scale + layer.bias[some].double()[:, None, None]
-    z = z if residual is None else z + residual[:, some].double()
-    expected = z.relu() if layer.activation else z
-    y = layer(x, residual)
-    error = (y[:, some].double() - expected).abs().max().item()
-    if not error <= 0.05 * expected.abs().max().item():
-        raise AssertionError(f"wrong results, not timed: error {error:.3g}")
-    (dx,) = torch.autograd.grad(y, x, dy)
-    if not dx.double().mean((0, 2, 3)).abs().max() < 1e-3:
-        raise AssertionError("wrong gradients, not timed: the sum of dx is not zero")
+def _passes(
+    form: tuple[str, str],
+    direction: str,
+    passes: float,
+    least_mb: float = 0,
+    most_side: int = 10**6,
+    state: str = "open",
+) -> Callable[[pd.DataFrame], float | None]:
+    """Our time / that of so many passes at the copy's speed (a copy is two), the worst layer without a residual."""
+
+    def value(rows: pd.DataFrame) -> float | None:
+        ours = _layers(rows, form, direction, state=state)
+        ours = ours[(ours.mb >= least_mb) & ~ours.follows.str.startswith("add")]
+        ours = ours[[int(size.partition("x")[0]) <= most_side for size in ours["size"]]]
+        copy = _layers(rows, form, direction, COPY, state=state).set_index("job").p50_us
+        if ours.empty:
+            return None
+        return float((ours.p50_us.to_numpy() / (copy.reindex(ours.job).to_numpy() * passes / 2)).max())
+
+    return value
 
 
-def both_directions(model: nn.Module, x: Tensor, residual: Tensor | None, dy: Tensor) -> float:
-    """Time of a forward and a backward."""
-    inputs = [x, *([residual] if residual is not None else []), *model.parameters()]
-    return milliseconds(
-        lambda: torch.autograd.grad(model(x, residual) if residual is not None else model(x), inputs, dy)
-    )
+def _mean(form: tuple[str, str], peer: str, direction: str = "both") -> Callable[[pd.DataFrame], float | None]:
+    """Time of a peer / ours, geometric mean over ResNet-50's layers."""
+
+    def value(rows: pd.DataFrame) -> float | None:
+        theirs = _layers(rows, form, direction, peer)
+        theirs = theirs[
+            (theirs.net == "ResNet-50") & ~((peer == "BatchNorm (") & theirs.candidate.str.contains("compiled"))
+        ]
+        return geometric_mean(list(theirs.ratio), list(theirs["count"])) if len(theirs) else None
+
+    return value
 
 
-def large(form: str) -> list[tuple[str, float]]:
-    """Forward against a clone, backward against 5 passes at copy speed, of layers of 200 MB and more."""
-    forwards, backwards = [], []
-    for channels, size in ((64, 112), (256, 56), (512, 28)):
-        x, _, dy = tensors(channels, size, "plain", form)
-        layer = settled(channels, "plain", x, None)
-        check(layer, x, None, dy)
-        copy = milliseconds(x.detach().clone)
-        with torch.no_grad():
-            forwards.append(milliseconds(lambda layer=layer, x=x: layer(x)) / copy)
-        y = layer(x)
-        inputs = [x, *layer.parameters()]
-        backward = milliseconds(lambda y=y, i=inputs, dy=dy: torch.autograd.grad(y, i, dy, retain_graph=True))
-        backwards.append(backward / (2.5 * copy))  # a copy is two passes
-    return [("forward / clone, >= 200 MB", max(forwards)), ("backward / 5 passes, >= 200 MB", max(backwards))]
-
-
-def resnet50(form: str, quick: bool) -> list[tuple[str, float]]:
-    """Geometric means over all layers of ResNet-50, forward and backward together."""
-    logs: dict[str, list[float]] = {"eager": [], "compiled": []}
-    for channels, size, what, count in tqdm(RESNET50[::4] if quick else RESNET50, desc=form, unit="layer"):
-        x, residual, dy = tensors(channels, size, what, form)
-        layer = settled(channels, what, x, residual)
-        check(layer, x, residual, dy)
-        ours = both_directions(layer, x, residual, dy)
-        eager = BatchNorm(channels, what).cuda()
-        fused = compiled(BatchNorm(channels, what).cuda())
-        for name, peer in (("eager", eager), ("compiled", fused)):
-            logs[name] += [math.log(both_directions(peer, x, residual, dy) / ours)] * count
-    return [
-        (f"ResNet-50, {name} BatchNorm / ours", math.exp(statistics.fmean(values))) for name, values in logs.items()
+def _worst(rows: pd.DataFrame) -> float | None:
+    peers = rows[
+        (rows.part == "layer")
+        & (rows["mode"] == "eager")
+        & rows.candidate.str.startswith("BatchNorm (")
+        & rows.ratio.notna()
     ]
+    return float(peers.ratio.min()) if len(peers) else None
 
 
-def host_microseconds() -> list[tuple[str, float]]:
-    """Host time of a call on a small layer, not waiting for the GPU."""
-    x = torch.randn(32, 64, 7, 7, device="cuda", requires_grad=True)
-    rows = []
-    for name, layer in (("ours", brn.BatchRenorm2d(64).cuda()), ("nn.BatchNorm2d", nn.BatchNorm2d(64).cuda())):
-        for _ in range(20):
-            layer(x).backward(x.detach())
-        torch.cuda.synchronize()
-        times = []
-        for _ in range(200):
-            start = time.perf_counter()
-            y = layer(x)
-            middle = time.perf_counter()
-            y.backward(x.detach())
-            times.append((1e6 * (middle - start), 1e6 * (time.perf_counter() - middle)))
-            torch.cuda.synchronize()
-        forward, backward = (statistics.median(column) for column in zip(*times, strict=True))
-        rows += [(f"host time forward, {name}, us", forward), (f"host time backward, {name}, us", backward)]
-    return rows
+def _small(mode: str) -> Callable[[pd.DataFrame], float | None]:
+    def value(rows: pd.DataFrame) -> float | None:
+        peers = rows[(rows.part == "layer") & (rows["mode"] == mode) & (rows.direction == "both") & (rows.mb < 1)
+                     & rows.candidate.str.startswith("BatchNorm (") & rows.ratio.notna()]  # fmt: skip
+        return float((1 / peers.ratio).max()) if len(peers) else None
+
+    return value
 
 
-def main() -> int:
-    """Measure, print, write; return 1 if a bar is missed, 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a quarter of ResNet-50's layers")
-    parser.add_argument("--out", default="bench/results/bars.csv")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench.bars needs an NVIDIA GPU: nothing was measured", file=sys.stderr)
-        return 2
-    brn.use_backend("triton")
-    rows, missed = [], 0
-    for form in FORMATS:
-        for what, value in large(form) + resnet50(form, arguments.quick):
-            direction, bound = BARS[what, form]
-            met = value <= bound if direction == "at most" else value >= bound
-            missed += not met
-            rows.append([what, form, f"{value:.3f}", f"{direction} {bound}", "met" if met else "MISSED"])
-    rows += [[what, "fp32", f"{value:.1f}", "", ""] for what, value in host_microseconds()]
-    print(tabulate(rows, ["what", "format", "measured", "bar", ""], disable_numparse=True))
-    columns = ("what", "format", "measured", "bar", "met")
-    write_csv(
-        arguments.out, [dict(zip(columns, row, strict=True)) | {"triton": triton.__version__} for row in rows], "cuda"
-    )
-    print(f"\n{arguments.out} written")
-    return 1 if missed else 0
+def _trained(rows: pd.DataFrame) -> float | None:
+    table = report.networks(rows)
+    if table.empty:
+        return None
+    flat = table.reset_index()
+    chosen = flat[(flat.net == "ResNet-50") & (flat.batch == 256) & (flat.format == " ".join(BF16)) & (flat["mode"] == "eager")
+                  & (flat.candidate == f"{OURS}, fused")]  # fmt: skip
+    return float(chosen["x BatchNorm"].iloc[0]) if len(chosen) else None
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+BARS = (
+    *(Bar(f"forward / clone, >= 200 MB, {' '.join(form)}", _passes(form, "forward", 2, 200), 1.05) for form in (BF16, FP32)),
+    *(Bar(f"backward / 5 passes, >= 200 MB, {' '.join(form)}", _passes(form, "backward", 5, 200), 1.08) for form in (BF16, FP32)),
+    *(Bar(f"backward / 5 passes, 28 x 28 and smaller, {' '.join(form)}", _passes(form, "backward", 5, 0, 28), 0.85) for form in (BF16, FP32)),
+    *(Bar(f"limits closed, forward / 3 passes, {' '.join(form)}", _passes(form, "forward", 3, state="closed"), 1.10) for form in (BF16, FP32)),
+    Bar("ResNet-50's layers, eager BatchNorm / ours, bfloat16 channels_last", _mean(BF16, "BatchNorm ("), 3, at_most=False),
+    Bar("ResNet-50's layers, compiled BatchNorm / ours, bfloat16 channels_last", _mean(BF16, "BatchNorm, compiled"), 1.5, at_most=False),
+    Bar("ResNet-50's layers, compiled BRN / ours, bfloat16 channels_last", _mean(BF16, "BRN in PyTorch, compiled"), 1.5, at_most=False),
+    Bar("ResNet-50's layers, eager BatchNorm / ours, float32 contiguous", _mean(FP32, "BatchNorm ("), 2, at_most=False),
+    Bar("ResNet-50's layers, compiled BatchNorm / ours, float32 contiguous", _mean(FP32, "BatchNorm, compiled"), 1.3, at_most=False),
+    Bar("worst case of all, eager BatchNorm / ours", _worst, 1, at_most=False),
+    Bar("inputs under 1 MB, ours / eager BatchNorm", _small("eager"), 1.3),
+    Bar("inputs under 1 MB, ours / eager BatchNorm, in a CUDA graph", _small("graph"), 1.0),
+    Bar("training of ResNet-50, images/s against eager BatchNorm, fused, bfloat16 channels_last", _trained, 1.2, at_most=False),
+)  # fmt: skip
+
+
+def judge(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """A table of all bars, and how many are missed."""
+    table = []
+    for bar in BARS:
+        value = bar.value(rows)
+        met = value is not None and (value <= bar.bound if bar.at_most else value >= bar.bound)
+        table.append({
+            "bar": bar.name, "measured": "" if value is None else f"{value:.2f}",
+            "bound": f"at {'most' if bar.at_most else 'least'} {bar.bound:g}",
+            "result": "not measured" if value is None else "met" if met else "MISSED",
+        })  # fmt: skip
+    return pd.DataFrame(table), sum(row["result"] == "MISSED" for row in table)

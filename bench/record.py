@@ -1,47 +1,134 @@
-"""Results on disk, with all that one must know to read them."""
+"""Results on disk, with all that one must know to read them; a run that was cut off goes on where it was."""
 
 from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
+import importlib.metadata
+import io
+import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
+MEASURED = (
+    "job", "rows", "part", "net", "batch", "channels", "size", "follows", "count", "mb", "dtype", "layout", "state",
+    "direction", "mode", "candidate", "p20_us", "p50_us", "p80_us", "ratio", "gb_per_s", "percent_of_copy",
+    "images_per_s", "peak_mb", "error",
+)  # fmt: skip
+ABOUT = ("level", "device_type", "device", "driver", "backend", "torch", "triton", "python", "commit", "dirty", "date")
 
-def machine(device: str) -> dict[str, Any]:
-    """Device, versions, commit and date."""
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Device, versions, commit and date; ``dirty`` names the changes that are not committed, if there are any."""
+    from brn_kernels import backends
+
+    cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
+        "device_type": device.type,
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] if cuda else "",
+        "backend": backends.resolve(backends.selected(), device.type).__name__.rpartition(".")[2],
         "torch": torch.__version__,
-        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "dirty": _changes(),
         "date": str(datetime.date.today()),
-    }
+    }  # fmt: skip
 
 
 def processor() -> str:
-    """The CPU's name, its cores, and the instruction set our loops use on it."""
+    """The CPU's name, its threads in use, and the instruction set our loops use on it."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, {torch.ops.brn_kernels_native.instruction_set()}"
+    loops = getattr(torch.ops.brn_kernels_native, "instruction_set", None)
+    return ", ".join([name, f"{torch.get_num_threads()} threads", *([loops()] if loops else [])])
 
 
-def write_csv(path: str, rows: Sequence[dict[str, Any]], device: str) -> None:
-    """One line for each row, with what ``device`` they were measured on."""
-    about = machine(device)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} | about)
+class Recorder:
+    """The CSV of one run. Rows go to ``<path>.part``, job by job; ``finish`` gives it its name.
+
+    Args:
+        path: the finished file.
+        about: the columns that are the same in all rows; a started file goes on only if it has the same.
+
+    Raises:
+        FileExistsError: the file is finished already, or was started by something else.
+    """
+
+    def __init__(self, path: Path, about: dict[str, str], fresh: bool = False) -> None:
+        self.path, self.part, self.about = path, path.with_name(path.name + ".part"), about
+        if path.exists() and not fresh:
+            raise FileExistsError(f"{path} is finished already; --fresh measures again, --out NAME elsewhere")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [] if fresh else self._started()
+        self.done = {row["job"] for row in rows}
+        self.part.write_text(_lines([dict(zip(MEASURED + ABOUT, MEASURED + ABOUT, strict=True)), *rows]))
+
+    def _started(self) -> list[dict[str, str]]:
+        """The rows of all finished jobs."""
+        if not self.part.exists():
+            return []
+        text = self.part.read_text()
+        whole = text[: text.rfind("\n") + 1]  # the last line may have been cut off
+        rows = list(csv.DictReader(io.StringIO(whole)))
+        for name, value in self.about.items():
+            other = next((row[name] for row in rows if row.get(name) != value), None) if name != "date" else None
+            if other is not None:
+                raise FileExistsError(
+                    f"{self.part} was started with another {name} ({other}, now {value}): --fresh discards it, "
+                    "--out NAME leaves it"
+                )
+        found = Counter(row["job"] for row in rows)
+        return [row for row in rows if found[row["job"]] == int(row["rows"])]
+
+    def add(self, job: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Put the rows of a finished job on disk."""
+        with self.part.open("a", newline="") as file:
+            file.write(_lines([{"job": job, "rows": len(rows)} | row | self.about for row in rows]))
+            file.flush()
+            os.fsync(file.fileno())
+        self.done.add(job)
+
+    def finish(self) -> Path:
+        """Nothing more will come."""
+        os.replace(self.part, self.path)
+        return self.path
 
 
-def _git(*arguments: str) -> str:
-    here = Path(__file__).parent
-    return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True).stdout.strip()
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, MEASURED + ABOUT, lineterminator="\n")
+    for row in rows:
+        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _changes() -> str:
+    """Empty if all tracked files are as committed, outside the results; else a name for how they differ."""
+    changes = _output("git", "diff", "HEAD", "--", ":/", ":!/bench/results")
+    return hashlib.sha256(changes.encode()).hexdigest()[:8] if changes else ""
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except FileNotFoundError:
+        return ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -22,9 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="brn", description="Batch Renormalization for PyTorch.")
     parser.add_argument("--version", action="version", version=f"brn_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
-    for add in (_add_info, _add_build, _add_demo):
+    for add in (_add_info, _add_build, _add_demo, _add_bench):
         add(commands)
-    arguments = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["bench"]:  # it has a parser of its own
+        return _bench(given[1:])
+    arguments = parser.parse_args(given)
     if arguments.command is None:
         parser.print_help(sys.stderr)
         return 2
@@ -71,6 +76,10 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--out", default="brn-demo", help="folder for figure and numbers (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps: does it work at all?")
     parser.set_defaults(run=_demo)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    commands.add_parser("bench", help="time layers and networks against what one would use instead (from a checkout)")
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -170,3 +179,24 @@ def _demo(arguments: argparse.Namespace) -> int:
     seeds, steps = (1, 40) if arguments.quick else (arguments.seeds, arguments.steps)
     run_demo(seeds, steps, arguments.out)
     return 0
+
+
+def _bench(argv: Sequence[str]) -> int:
+    """``bench/`` lies beside the package in a checkout, and is not in a wheel."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "bench" / "cli.py").is_file():
+        print(
+            "brn bench runs from a checkout of the source: its programs and recorded results are not part of the "
+            "installed package. In a clone of brn_kernels: make install && .venv/bin/brn bench --help",
+            file=sys.stderr,
+        )
+        return 1
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    try:
+        bench = importlib.import_module("bench.cli")
+    except ModuleNotFoundError as error:
+        print(f"brn bench needs {error.name}: pip install '.[bench]' in the checkout", file=sys.stderr)
+        return 1
+    status: int = bench.main(argv)
+    return status

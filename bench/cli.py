@@ -1,0 +1,134 @@
+"""``brn bench`` (and ``python -m bench``): measure, draw, compare, judge."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 if results are wrong, something got slower or a bar is missed; 2 for wrong arguments."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (FileExistsError, FileNotFoundError, IsADirectoryError, ValueError) as error:
+        print(f"brn bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nbrn bench: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="brn bench",
+        description="Time the layers against what a user would pick instead and against a copy, and whole networks. "
+        "Without a command it measures; a run that was interrupted goes on when started again.",
+    )
+    size = parser.add_mutually_exclusive_group()
+    for level, what in (
+        ("quick", "90 seconds on a GPU, under 3 minutes on a CPU"),
+        ("everything", "all cases, hours"),
+        ("tiny", "a few seconds: does it work at all?"),
+    ):
+        size.add_argument(f"--{level}", dest="level", action="store_const", const=level, default="full", help=what)
+    parser.add_argument("--device", help="default: the GPU if there is one, else the CPU")
+    parser.add_argument("--minutes", type=float, help="after which no further case begins")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
+    parser.add_argument("--out", type=Path, help="the CSV (default: bench/results/<device>-<level>-<commit>.csv)")
+    parser.add_argument("--figures", type=Path, help="folder for figures (default: the CSV's name without .csv)")
+    parser.add_argument("--fresh", action="store_true", help="start again, whatever is there")
+    parser.set_defaults(run=_run)
+    commands = parser.add_subparsers(metavar="command", title="or, from the CSVs of runs")
+
+    plot = commands.add_parser("plot", help="draw the figures again")
+    plot.add_argument("csv", type=Path)
+    plot.add_argument("--out", type=Path, help="folder (default: the CSV's name without .csv)")
+    plot.set_defaults(run=_plot)
+
+    show = commands.add_parser("show", help="print the tables again")
+    show.add_argument("csv", type=Path)
+    show.set_defaults(run=_show)
+
+    compare = commands.add_parser("compare", help="what got slower from A to B; exit status 1 if something did")
+    compare.add_argument("before", type=Path, metavar="A.csv")
+    compare.add_argument("after", type=Path, metavar="B.csv")
+    compare.add_argument("--threshold", type=float, default=0.05, help="smallest change (default: %(default)s)")
+    compare.add_argument("--everyone", action="store_true", help="the peers too")
+    compare.set_defaults(run=_compare)
+
+    bars = commands.add_parser("bars", help="judge a run by the speeds aimed at; exit status 1 if one is missed")
+    bars.add_argument("csv", type=Path)
+    bars.set_defaults(run=_bars)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from brn_kernels import available_backends, backends
+
+    from . import plot, report
+    from .layers import WrongResults
+    from .run import run
+
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {arguments.device}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no GPU")
+    if backends.resolve(backends.selected(), device.type).__name__.endswith("reference"):
+        reasons = "; ".join(f"{name}: {why}" for name, why in available_backends().items() if why)
+        print(f"brn bench: no fast backend here, so there is nothing to measure ({reasons})", file=sys.stderr)
+        return 2
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        path = run(arguments.level, device, out=arguments.out, minutes=arguments.minutes, fresh=arguments.fresh)
+    except WrongResults as error:
+        print(f"brn bench: WRONG RESULTS, nothing is published: {error}", file=sys.stderr)
+        return 1
+    print(report.summary(report.load(path)))
+    figures = plot.draw(path, arguments.figures or path.with_suffix(""))
+    print(f"\n{path}")
+    for figure in figures:
+        print(figure)
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from .plot import draw
+
+    for figure in draw(arguments.csv, arguments.out or arguments.csv.with_suffix("")):
+        print(figure)
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from . import report
+
+    print(report.summary(report.load(arguments.csv)))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from .compare import compare
+
+    text, slower = compare(arguments.before, arguments.after, arguments.threshold, arguments.everyone)
+    print(text)
+    return 1 if slower else 0
+
+
+def _bars(arguments: argparse.Namespace) -> int:
+    from . import report
+    from .bars import judge
+
+    table, missed = judge(report.load(arguments.csv))
+    print(report.text(table))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""A run: all its jobs in the order of their importance, with progress and a time limit."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import layers, training
+from .cases import ALL_FORMATS, DIRECTIONS, Plan
+from .networks import NETWORKS
+from .record import RESULTS, Recorder, machine
+from .training import MODES, Training, trainings
+
+NETS_TRAINED = ("ResNet-50", "ResNeXt-101", "EfficientNet-B0", "U-Net 2d")
+_TINY_SAMPLE = {"sample": (3, 32, 32), "batch": 2}
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much a run measures."""
+
+    plan: Plan
+    trained: Sequence[Training]
+    seconds: float  # for each candidate of a case in each direction
+    minutes: float  # after which no further job begins
+    directions: Sequence[str] = DIRECTIONS
+    compile_peers: bool = True
+
+
+def levels(device_type: str) -> dict[str, Level]:
+    """The levels, for GPUs or for CPUs: a CPU is some 100 times slower and gets batches of 16 and fewer layers."""
+    fp32, bf16 = ("float32", "contiguous"), ("bfloat16", "channels_last")
+    tiny = Level(
+        Plan(("ResNet-50",), layers=1, batch=2, formats=(fp32,), states=("clip 10",), state_layers=1, peer_layers=1,
+             largest=2**12, channels_bytes=2**16),
+        [Training("U-Net 2d", *fp32, "eager", **_TINY_SAMPLE)],
+        seconds=0.0, minutes=5, compile_peers=False,
+    )  # fmt: skip
+    if device_type == "cpu":
+        small = {"sample": (3, 64, 64), "batch": 4}
+        full = Level(
+            Plan(batch=16, layers=8, states=("closed", "clip 1", "clip 10", "clip 100"), state_layers=2, peer_layers=8,
+                 largest=2**28),
+            trainings(NETS_TRAINED, (fp32,), ("eager",), **small) + trainings(NETS_TRAINED[:1], (fp32,), ("compiled",), **small),
+            seconds=0.3, minutes=60,
+        )  # fmt: skip
+        quick = Level(
+            Plan(("ResNet-50",), layers=4, batch=8, states=("closed", "clip 10"), state_layers=1, peer_layers=1,
+                 largest=2**24, size_step=16, channels_bytes=2**22),
+            trainings(("ResNet-50", "U-Net 2d"), (fp32,), ("eager",), **small),
+            seconds=0.04, minutes=2.25,
+        )  # fmt: skip
+        everything = replace(full, plan=Plan(batch=16, formats=ALL_FORMATS, largest=2**30), minutes=600)
+    else:
+        full = Level(Plan(), trainings(NETS_TRAINED[:1], (bf16, fp32), MODES)
+                     + trainings(NETS_TRAINED[1:], (bf16, fp32), ("eager", "graph")), seconds=0.03, minutes=7.5)  # fmt: skip
+        quick = Level(
+            Plan(("ResNet-50",), layers=6, states=("closed", "clip 10"), state_layers=2, peer_layers=2, size_step=16),
+            trainings(("ResNet-50",), (bf16,), ("eager",)),
+            seconds=0.02, minutes=1.4,
+        )  # fmt: skip
+        everything = Level(
+            Plan(formats=ALL_FORMATS, size_step=2), trainings(tuple(NETWORKS), (bf16, fp32), MODES), seconds=0.1, minutes=600
+        )  # fmt: skip
+    return {"quick": quick, "full": full, "everything": everything, "tiny": tiny}
+
+
+@dataclass
+class Job:
+    """Something that gives rows; ``name`` is what a resumed run knows it by."""
+
+    name: str
+    measure: Callable[[], list[dict[str, Any]]]
+    unreached: dict[str, Any] = field(default_factory=dict)
+
+
+def jobs(level: Level, device: torch.device) -> list[Job]:
+    """Whole networks that need no compiler first: they are what a user feels."""
+    of_layers = [
+        Job(str(case), functools.partial(
+            layers.measure, case, device, directions=level.directions, seconds=level.seconds,
+            compile_peers=level.compile_peers,
+        )) for case in level.plan.cases()
+    ]  # fmt: skip
+    of_networks = [
+        Job(str(case), functools.partial(training.measure, case, device, seconds=10 * level.seconds))
+        for case in level.trained
+    ]
+    quick = [job for job, case in zip(of_networks, level.trained, strict=True) if case.mode != "compiled"]
+    return (
+        of_layers[: len(of_layers) // 4]
+        + quick
+        + of_layers[len(of_layers) // 4 :]
+        + [job for job in of_networks if job not in quick]
+    )
+
+
+def default_path(about: dict[str, str]) -> Path:
+    """The CSV's name: device, level, commit."""
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    return RESULTS / f"{device}-{about['level']}-{about['commit'] or 'unknown'}{'-dirty' if about['dirty'] else ''}.csv"
+
+
+def run(name: str, device: torch.device, *, out: Path | None, minutes: float | None, fresh: bool) -> Path:
+    """Measure a level; returns the finished CSV.
+
+    Raises:
+        FileExistsError: see ``Recorder``.
+        WrongResults: our results are wrong; what was measured before stays in the started file.
+    """
+    level = levels(device.type)[name]
+    about = {"level": name} | machine(device)
+    recorder = Recorder(out or default_path(about), about, fresh)
+    todo = [job for job in jobs(level, device) if job.name not in recorder.done]
+    if recorder.done:
+        print(f"going on: {len(recorder.done)} of {len(recorder.done) + len(todo)} cases are there", file=sys.stderr)
+    limit = time.monotonic() + 60 * (level.minutes if minutes is None else minutes)
+    progress = tqdm(todo, unit="case", dynamic_ncols=True, smoothing=0.05)
+    unreached = 0
+    for job in progress:
+        if time.monotonic() > limit:
+            unreached += 1
+            recorder.add(job.name, [{"part": "none", "net": job.name, "error": "not reached in the time limit"}])
+            continue
+        progress.set_description(job.name[:60].ljust(60))
+        try:
+            rows = job.measure()
+        except torch.OutOfMemoryError as error:
+            rows = [{"part": "none", "net": job.name, "error": str(error).partition("\n")[0][:200]}]
+        except RuntimeError as error:
+            if "not enough memory" not in str(error):  # how a CPU's allocator says it
+                raise
+            rows = [{"part": "none", "net": job.name, "error": "not enough memory"}]
+        recorder.add(job.name, rows or [{"part": "none", "net": job.name, "error": "gave nothing"}])
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if unreached:
+        print(f"the time limit was reached with {unreached} cases left: --minutes sets another", file=sys.stderr)
+    return recorder.finish()

@@ -1,0 +1,133 @@
+"""Whole networks: time of a training step and peak memory, with BatchNorm and with our layers in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import brn_kernels as brn
+
+from .cases import DTYPES
+from .networks import NETWORKS
+from .peers import OURS
+from .timing import peak_bytes, time_together
+
+BATCHNORM = "BatchNorm"
+MODES = ("eager", "compiled", "graph")
+
+
+@dataclass(frozen=True)
+class Training:
+    """A network trained in a format and a mode; ``batch`` and ``sample`` instead of the network's own, if given."""
+
+    net: str
+    dtype: str
+    layout: str
+    mode: str
+    batch: int | None = None
+    sample: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        network = NETWORKS[self.net]
+        return (self.batch or network.batch, *(self.sample or network.sample))
+
+    def __str__(self) -> str:
+        return f"training of {self.net}, {' x '.join(map(str, self.shape))}, {self.dtype} {self.layout}, {self.mode}"
+
+
+def _with_our_layers(model: nn.Module) -> nn.Module:
+    return brn.convert_batchnorm(model, schedule=brn.ClipSchedule.constant(3, 5))
+
+
+def variants() -> dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[], Any]]]:
+    """How each candidate changes the model, and what its step runs in."""
+    found: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[], Any]]] = {
+        BATCHNORM: (lambda model: model, contextlib.nullcontext),
+        OURS: (_with_our_layers, contextlib.nullcontext),
+    }
+    if hasattr(brn, "fuse"):
+        found[f"{OURS}, fused"] = (lambda model: brn.fuse(_with_our_layers(model)), contextlib.nullcontext)
+        if hasattr(brn, "recompute_activations"):
+            found[f"{OURS}, fused, recomputing"] = (found[f"{OURS}, fused"][0], brn.recompute_activations)
+    return found
+
+
+def measure(case: Training, device: torch.device, *, seconds: float) -> list[dict[str, Any]]:
+    """A row for each candidate; ``seconds`` for each."""
+    calls, rows, first = {}, [], None
+    for name, (change, around) in variants().items():
+        try:
+            step = training_step(case, device, change, around)
+            loss = step().item()
+            if not math.isfinite(loss):
+                raise ArithmeticError(f"loss {loss}")
+            first = loss if first is None else first
+            if abs(loss - first) > 0.1 * abs(first):  # one step from the same weights: other limits, nearly the same
+                raise ArithmeticError(f"loss {loss:.4g}, with {BATCHNORM} {first:.4g}")
+            calls[name] = step
+        except Exception as error:
+            rows.append(_row(case, name, error=f"{type(error).__name__}: {error}".partition("\n")[0][:200]))
+    peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+    times = time_together(calls, device, seconds * len(calls), graphs=case.mode == "graph") if calls else {}
+    for name, time in times.items():
+        row = _row(case, name) | {"p20_us": time.p20, "p50_us": time.p50, "p80_us": time.p80}
+        row |= {"images_per_s": 1e6 * case.shape[0] / time.p50, "peak_mb": peaks[name] / 1e6}
+        if OURS in times:
+            row["ratio"] = time.p50 / times[OURS].p50
+        rows.append(row)
+    return rows
+
+
+def training_step(
+    case: Training, device: torch.device, change: Callable[[nn.Module], nn.Module], around: Callable[[], Any]
+) -> Callable[[], Tensor]:
+    """One step of SGD on one batch of noise, as a call that returns the loss."""
+    torch.manual_seed(0)
+    last = {2: torch.channels_last, 3: torch.channels_last_3d}[len(case.shape) - 2]
+    memory_format = last if case.layout == "channels_last" else torch.contiguous_format
+    model = change(NETWORKS[case.net].build()).to(device).to(memory_format=memory_format)
+    x = torch.randn(case.shape, device=device).contiguous(memory_format=memory_format)
+    autocast = torch.autocast(device.type, DTYPES[case.dtype], enabled=case.dtype != "float32")
+    brn.update_stats(model, [x[: max(2, case.shape[0] // 8)]])  # near the data's, so that nothing clips
+    with torch.no_grad(), autocast:
+        shape = model(x[:2]).shape
+    target = torch.randint(0, shape[1], (case.shape[0], *shape[2:]), device=device)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    if case.mode == "compiled":
+        torch._dynamo.reset()
+        forward = torch.compile(model, dynamic=False)
+    else:
+        forward = model
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with around(), autocast:
+            loss = F.cross_entropy(forward(x), target)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _row(case: Training, candidate: str, error: str = "") -> dict[str, Any]:
+    return {
+        "part": "network", "net": case.net, "batch": case.shape[0], "size": "x".join(map(str, case.shape[1:])),
+        "dtype": case.dtype, "layout": case.layout, "state": "open", "direction": "training", "mode": case.mode,
+        "candidate": candidate, "error": error,
+    }  # fmt: skip
+
+
+def trainings(
+    nets: Sequence[str], formats: Sequence[tuple[str, str]], modes: Sequence[str], **other: Any
+) -> list[Training]:
+    """All combinations, mode by mode: the quickest to prepare first."""
+    return [Training(net, *form, mode, **other) for mode in modes for net in nets for form in formats]
