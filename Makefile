@@ -12,7 +12,7 @@ PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CSRC  := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test test-gpu sanitize bench compile-check wheel-check check clean
+.PHONY: help install build demo test test-gpu sanitize bench docs-bench compile-check wheel-check check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,8 +41,11 @@ sanitize: $(STAMP) ## run the native backend's tests under AddressSanitizer and 
 	    $(BIN)/python -m pytest -p no:benchmark -n auto --maxprocesses 8 -k native $(PYTEST_ARGS)
 
 # Saved, so that a change can be compared: BENCH_ARGS="--benchmark-compare"
-bench: $(STAMP) $(BUILT) ## time layers against their peers (BENCH_ARGS="--every-layer -k both" selects)
+bench: $(STAMP) $(BUILT) ## the developer's quick check of speed (BENCH_ARGS="--every-layer -k both" selects; `brn bench` is the real one)
 	$(BIN)/python -m pytest bench --benchmark-autosave --benchmark-columns=median,iqr,rounds $(BENCH_ARGS)
+
+docs-bench: $(STAMP) ## write docs/benchmarks.md and README's table from the CSVs in bench/results
+	$(BIN)/python -m bench.docs
 
 compile-check: $(STAMP) ## compile all Triton kernels for GPUs, without one: registers, spills, access widths
 	$(BIN)/python scripts/compile_check.py $(COMPILE_ARGS)

@@ -94,7 +94,7 @@ class Plan:
 
     nets: Sequence[str] = tuple(NETWORKS)
     layers: int | None = None  # of each network, spread over its list; None for all
-    batch: int | None = None  # instead of the networks' own
+    divisor: int = 1  # of the networks' own batch sizes
     formats: Sequence[tuple[str, str]] = MAIN_FORMATS
     states: Sequence[str] = STATES
     state_layers: int = 4  # on which the states other than open are measured
@@ -114,7 +114,7 @@ class Plan:
         layers = layers_of(net)
         if number is not None and number < len(layers):
             layers = tuple(layers[i * len(layers) // number] for i in range(number))
-        return [layer if self.batch is None else replace(layer, batch=self.batch) for layer in layers]
+        return [replace(layer, batch=max(1, layer.batch // self.divisor)) for layer in layers]
 
     def _nets(self, nets: Sequence[str]) -> Iterator[Case]:
         for net in nets:

@@ -7,7 +7,7 @@ QUICK_LAYERS = 4
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the benchmarks run, for example cuda")
-    parser.addoption("--batch", type=int, default=16, help="samples a batch")
+    parser.addoption("--batch", type=int, default=16, help="samples a batch, a divisor of 256")
     parser.addoption("--every-layer", action="store_true", help=f"all of ResNet-50's layers, not only {QUICK_LAYERS}")
 
 
@@ -24,10 +24,11 @@ def pytest_report_header(config):
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         from bench.cases import ALL_PEERS, Plan
+        from bench.networks import NETWORKS
 
         option = metafunc.config.getoption
         layers = None if option("--every-layer") else QUICK_LAYERS
-        plan = Plan(("ResNet-50",), layers=layers, batch=option("--batch"))
+        plan = Plan(("ResNet-50",), layers=layers, divisor=NETWORKS["ResNet-50"].batch // option("--batch"))
         cases = [case for case in plan.cases() if case.peers == ALL_PEERS and case.layer.net == "ResNet-50"]
         metafunc.parametrize("case", cases, ids=[str(case).partition(": ")[2].replace(" ", "-") for case in cases])
 

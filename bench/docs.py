@@ -56,7 +56,7 @@ def page(paths: list[Path], draw: bool = True) -> str:
         for title, table, figure in (
             ("Layers: time of a peer / our time", report.means(layers, ["net", "direction", *report.FORMAT]), "peers"),
             ("Speed in percent of a copy (median, inputs of 8 MB and more)", report.against_copy(rows), "roofline"),
-            ("Our time in other states of the limits / open and nothing clipped (median over some layers)", report.by_state(rows), "limits"),
+            ("Our time in other states of the limits / open (median)", report.by_state(rows), "limits"),
             ("Whole networks: one training step", report.networks(rows), "networks"),
             ("Host time of a call, microseconds", report.host(rows), ""),
             ("The speeds aimed at", judge(rows)[0] if _is_gpu(rows) else pd.DataFrame(), ""),
@@ -84,8 +84,8 @@ def readme_block(paths: list[Path]) -> str:
         layers = layers[layers.direction == "both"]
         table = report.means(layers, ["net", *report.FORMAT], PEERS_IN_README)
         parts.append(
-            f"{report.about(rows)}. Time of a peer / our time, forward and backward through autograd, geometric mean over a "
-            "network's layers with what follows them (addition, activation); above 1 ours is faster:"
+            f"{report.about(rows)}. Time of a peer / our time, forward and backward through autograd, geometric mean "
+            "over a network's layers with what follows them (addition, activation); above 1 ours is faster:"
         )
         parts.append(report.text(table, style="github"))
         networks = report.networks(rows)

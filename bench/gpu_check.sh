@@ -6,7 +6,7 @@
 #
 # Logs, CSVs, figures and a summary go to the folder (default: gpu-check). PYTHON names the interpreter (default: the
 # checkout's .venv, else python3); its packages must be there: torch with CUDA, triton, pytest, and those of the extras
-# "bench" and "dev". --dry-run does the same on the CPU, kernels interpreted, with a handful of tests: is all in place?
+# "bench" and "dev". STEPS="build bench" takes only these. --dry-run does the same on the CPU, kernels interpreted, with a handful of tests: is all in place?
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -22,6 +22,7 @@ failed=0
 step() { # name, limit in seconds, command...
     local name=$1 limit=$2 start=$SECONDS status
     shift 2
+    case " ${STEPS:-$name} " in *" $name "*) ;; *) return ;; esac
     echo "== $name (at most $limit s): $*" >&2
     timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
     status=$?
@@ -60,12 +61,12 @@ else
         echo "$python sees no GPU: nothing to check (--dry-run tries the script without one)" >&2
         exit 2
     fi
-    step build 300 "$python" -m brn_kernels build --in-place --cuda
+    step build 240 "$python" -m brn_kernels build --in-place --cuda
     step tests-gpu 240 "$python" -m pytest -q -p no:cacheprovider --device cuda tests/gpu -k "not sanitizer"
-    step tests 420 "$python" -m pytest -q -p no:cacheprovider --device cuda tests --ignore tests/gpu -x --maxfail 20
+    step tests 360 "$python" -m pytest -q -p no:cacheprovider --device cuda tests --ignore tests/gpu -x --maxfail 20
     step sanitizers 300 "$python" -m pytest -q -p no:cacheprovider --device cuda tests/gpu/test_sanitizer.py
-    step bench 540 "$python" -m bench --device cuda --fresh --minutes 7.5 --out "$out/bench.csv"
-    step bars 60 "$python" -m bench bars "$out/bench.csv"
+    step bench 500 "$python" -m bench --device cuda --fresh --minutes 7.5 --out "$out/bench.csv"
+    step bars 30 "$python" -m bench bars "$out/bench.csv"
 fi
 
 echo "logs in $out" >&2

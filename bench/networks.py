@@ -1,4 +1,4 @@
-"""The networks that are measured, and the normalizations they have: ``python -m bench.networks`` writes ``networks.csv``.
+"""The networks that are measured, and what they normalize: ``python -m bench.networks`` writes ``networks.csv``.
 
 Layers are read off the models themselves, run on the meta device; the table is kept so that measuring layers needs
 no model zoo.

@@ -48,8 +48,7 @@ def _roofline(rows: pd.DataFrame) -> Any:
     figure, axes = plt.subplots(
         len(formats), 2, figsize=(11, 3.4 * len(formats)), squeeze=False, sharex=True, layout="constrained"
     )
-    names = list(dict.fromkeys(chosen.candidate))
-    names = [name for name in names if name == OURS or name.startswith("BatchNorm")]
+    names = [name for name in dict.fromkeys(chosen.candidate) if name == OURS or name.startswith("BatchNorm")]
     for row, form in zip(axes, formats, strict=True):
         for axis, direction in zip(row, CEILING, strict=True):
             some = chosen[(chosen.dtype == form[0]) & (chosen.layout == form[1]) & (chosen.direction == direction)]
@@ -86,8 +85,10 @@ def _peers(rows: pd.DataFrame) -> Any:
     layers = layers[layers.net == layers.net.iloc[0]] if len(layers) else layers
     if layers.empty:
         return None
-    peers = layers[layers.candidate.isin(_compared_everywhere(layers))]
-    table = report.means(peers, [*report.FORMAT, "direction"]).drop(columns="layers")
+    number = layers.groupby("candidate").job.nunique()
+    table = report.means(layers, [*report.FORMAT, "direction"]).drop(columns="layers")
+    if number.drop(COPY, errors="ignore").nunique() > 1:  # a mean over other layers is another mean
+        table = table.rename(columns=lambda name: f"{name} ({number[name]} cases)")
     formats = list(dict.fromkeys(index[:2] for index in table.index))
     figure, axes = plt.subplots(
         1, len(formats), figsize=(5.5 * len(formats), 3.6), squeeze=False, sharey=True, layout="constrained"
@@ -103,12 +104,6 @@ def _peers(rows: pd.DataFrame) -> Any:
     axes[0][0].set_ylabel(f"time of a peer / time of {OURS}")
     axes[0][-1].legend(frameon=False, fontsize=8)
     return figure
-
-
-def _compared_everywhere(layers: pd.DataFrame) -> list[str]:
-    """Peers, if possible those measured on every layer; a mean over others would compare what differs."""
-    number = layers.groupby("candidate").job.nunique()
-    return list(number.index[number == number.max()]) if number.nunique() > 1 else list(number.index)
 
 
 def _networks(rows: pd.DataFrame) -> Any:

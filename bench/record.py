@@ -34,7 +34,7 @@ def machine(device: torch.device) -> dict[str, str]:
     return {
         "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] if cuda else "",
+        "driver": _driver() if cuda else "",
         "backend": backends.resolve(backends.selected(), device.type).__name__.rpartition(".")[2],
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -112,6 +112,10 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
     return text.getvalue()
+
+
+def _driver() -> str:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
 
 
 def _version(package: str) -> str:

@@ -39,9 +39,15 @@ def load(path: str | Path) -> pd.DataFrame:
 def about(rows: pd.DataFrame) -> str:
     """Where and when a run was made, in a line."""
     first = rows.iloc[0]
-    parts = [first.device, f"driver {first.driver}" if first.driver else "", f"backend {first.backend}", f"torch {first.torch}",
-             f"triton {first.triton}" if first.backend == "triton" else "", str(first.date),
-             f"commit {first.commit}{' with changes' if first.dirty else ''}"]  # fmt: skip
+    parts = [
+        first.device,
+        f"driver {first.driver}" if first.driver else "",
+        f"backend {first.backend}",
+        f"torch {first.torch}",
+        f"triton {first.triton}" if first.backend == "triton" else "",
+        str(first.date),
+        f"commit {first.commit}{' with changes' if first.dirty else ''}",
+    ]
     return ", ".join(part for part in parts if part)
 
 
@@ -167,7 +173,7 @@ def summary(rows: pd.DataFrame) -> str:
     sections = [
         ("time of a peer / our time, geometric means over a network's layers (above 1: ours is faster)",
          means(layers, ["net", "direction", *FORMAT])),
-        ("speed in percent of a copy of the same bytes, every tensor counted once (median, layers of 8 MB and more)", against_copy(rows)),
+        ("speed in percent of a copy, every tensor counted once (median, layers of 8 MB and more)", against_copy(rows)),
         ("our time / with open limits and nothing clipped", by_state(rows)),
         ("host time of a call, microseconds", host(rows)),
         ("whole networks, one training step", networks(rows)),

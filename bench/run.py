@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import layers, training
-from .cases import ALL_FORMATS, DIRECTIONS, Plan
+from .cases import ALL_FORMATS, DIRECTIONS, LAYOUTS, STATES, Plan
 from .networks import NETWORKS
 from .record import RESULTS, Recorder, machine
 from .training import MODES, Training, trainings
@@ -37,39 +38,45 @@ class Level:
 
 
 def levels(device_type: str) -> dict[str, Level]:
-    """The levels, for GPUs or for CPUs: a CPU is some 100 times slower and gets batches of 16 and fewer layers."""
+    """The levels, for GPUs or for CPUs: a CPU is some 100 times slower and gets smaller batches and fewer layers."""
     fp32, bf16 = ("float32", "contiguous"), ("bfloat16", "channels_last")
     tiny = Level(
-        Plan(("ResNet-50",), layers=1, batch=2, formats=(fp32,), states=("clip 10",), state_layers=1, peer_layers=1,
+        Plan(("ResNet-50",), layers=1, divisor=128, formats=(fp32,), states=("clip 10",), state_layers=1, peer_layers=1,
              largest=2**12, channels_bytes=2**16),
-        [Training("U-Net 2d", *fp32, "eager", **_TINY_SAMPLE)],
+        [Training("U-Net 2d", *fp32, "eager", sample=(3, 32, 32), batch=2)],
         seconds=0.0, minutes=5, compile_peers=False,
     )  # fmt: skip
     if device_type == "cpu":
         small = {"sample": (3, 64, 64), "batch": 4}
         full = Level(
-            Plan(batch=16, layers=8, states=("closed", "clip 1", "clip 10", "clip 100"), state_layers=2, peer_layers=8,
-                 largest=2**28),
-            trainings(NETS_TRAINED, (fp32,), ("eager",), **small) + trainings(NETS_TRAINED[:1], (fp32,), ("compiled",), **small),
-            seconds=0.3, minutes=60,
+            Plan(layers=8, divisor=16, formats=tuple(itertools.product(("float32", "bfloat16"), LAYOUTS)),
+                 states=STATES, state_layers=2, peer_layers=8, largest=2**28),
+            trainings(NETS_TRAINED, (fp32,), ("eager",), **small)
+            + trainings(NETS_TRAINED[:1], (fp32,), ("compiled",), **small),
+            seconds=0.1, minutes=25,
         )  # fmt: skip
         quick = Level(
-            Plan(("ResNet-50",), layers=4, batch=8, states=("closed", "clip 10"), state_layers=1, peer_layers=1,
+            Plan(("ResNet-50",), layers=4, divisor=32, states=("closed", "clip 10"), state_layers=1, peer_layers=2,
                  largest=2**24, size_step=16, channels_bytes=2**22),
             trainings(("ResNet-50", "U-Net 2d"), (fp32,), ("eager",), **small),
             seconds=0.04, minutes=2.25,
         )  # fmt: skip
-        everything = replace(full, plan=Plan(batch=16, formats=ALL_FORMATS, largest=2**30), minutes=600)
+        everything = replace(full, plan=Plan(divisor=16, formats=ALL_FORMATS, largest=2**30), minutes=600)
     else:
-        full = Level(Plan(), trainings(NETS_TRAINED[:1], (bf16, fp32), MODES)
-                     + trainings(NETS_TRAINED[1:], (bf16, fp32), ("eager", "graph")), seconds=0.03, minutes=7.5)  # fmt: skip
+        full = Level(
+            Plan(),
+            trainings(NETS_TRAINED[:1], (bf16, fp32), MODES)
+            + trainings(NETS_TRAINED[1:], (bf16, fp32), ("eager", "graph")),
+            seconds=0.03, minutes=7.5,
+        )  # fmt: skip
         quick = Level(
             Plan(("ResNet-50",), layers=6, states=("closed", "clip 10"), state_layers=2, peer_layers=2, size_step=16),
             trainings(("ResNet-50",), (bf16,), ("eager",)),
             seconds=0.02, minutes=1.4,
         )  # fmt: skip
         everything = Level(
-            Plan(formats=ALL_FORMATS, size_step=2), trainings(tuple(NETWORKS), (bf16, fp32), MODES), seconds=0.1, minutes=600
+            Plan(formats=ALL_FORMATS, size_step=2), trainings(tuple(NETWORKS), (bf16, fp32), MODES),
+            seconds=0.1, minutes=600,
         )  # fmt: skip
     return {"quick": quick, "full": full, "everything": everything, "tiny": tiny}
 

@@ -1,4 +1,4 @@
-"""Times that can be compared: the calls take turns, in another order each round, with the last cache flushed before each.
+"""Times that can be compared: the calls take turns, in another order each round, each with the last cache flushed.
 
 On a GPU CUDA events are read; small calls are also captured in a CUDA graph and its replays timed.
 """
