@@ -93,7 +93,8 @@ class Plan:
     """Which cases a run measures, in the order of their importance."""
 
     nets: Sequence[str] = tuple(NETWORKS)
-    layers: int | None = None  # of each network, spread over its list; None for all
+    layers: int | None = None  # of the first network, spread over its list; None for all
+    other_layers: int | None = None  # of each other one
     divisor: int = 1  # of the networks' own batch sizes
     formats: Sequence[tuple[str, str]] = MAIN_FORMATS
     states: Sequence[str] = STATES
@@ -118,7 +119,7 @@ class Plan:
 
     def _nets(self, nets: Sequence[str]) -> Iterator[Case]:
         for net in nets:
-            layers = self._chosen(net, self.layers)
+            layers = self._chosen(net, self.layers if net == self.nets[0] else self.other_layers)
             compared = layers if self.peer_layers is None else layers[: self.peer_layers]
             for layer, form in itertools.product(layers, self.formats):
                 peers = ALL_PEERS if net == self.nets[0] and layer in compared else FEW_PEERS

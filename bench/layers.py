@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .cases import DTYPES, HOST, Case
 from .peers import OURS, Peer, candidates, clipped_channels
-from .timing import Times, host_times, peak_bytes, time_together
+from .timing import Times, captured, host_times, peak_bytes, time_together
 
 GRAPHED_BELOW = 2**22  # bytes of an input whose kernels take less time than their launches
 COPY = "clone"
@@ -112,6 +112,7 @@ def prepare(
         WrongResults: ours disagrees with float64.
     """
     torch.manual_seed(0)
+    torch._dynamo.reset()  # else it gives up after 8 layers that share their code
     tensors = Tensors.random(case, device)
     made, left = candidates(case, tensors.x, compile_peers)
     faults = [_row(case, "", name, error=reason) for name, reason in left.items()]
@@ -126,7 +127,7 @@ def prepare(
         except Exception as error:  # a peer's failure is a result about it, and no reason to lose the others'
             if name == OURS:
                 raise
-            fault = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            fault = described(error)
         if fault is None:
             models[name] = model
         elif name == OURS:
@@ -162,7 +163,7 @@ def measure(
         duration = seconds * len(calls)
         rows += rows_of(case, direction, "eager", time_together(calls, device, duration), peaks)
         if device.type == "cuda" and case.bytes < GRAPHED_BELOW:
-            rows += _graphed(case, direction, calls, device, duration)
+            rows += _graphed(case, direction, models, tensors, duration)
     return rows
 
 
@@ -194,16 +195,23 @@ def in_direction(model: Peer, tensors: Tensors, direction: str) -> Callable[[], 
     return surrounded
 
 
-def _graphed(case: Case, direction: str, calls: dict[str, Any], device: torch.device, seconds: float) -> list[Any]:
-    rows, capturable = [], {}
-    for name, call in calls.items():
+def _graphed(
+    case: Case, direction: str, models: dict[str, Peer], tensors: Tensors, seconds: float
+) -> list[dict[str, Any]]:
+    rows, graphs = [], {}
+    for name, model in models.items():
         try:
-            time_together({name: call}, device, 0, graphs=True)
-            capturable[name] = call
+            graphs[name] = captured(lambda model=model: in_direction(model, tensors, direction))
         except Exception as error:
             torch.cuda.synchronize()
-            rows.append(_row(case, direction, name, mode="graph", error=f"{type(error).__name__}: {error}"[:200]))
-    return rows + rows_of(case, direction, "graph", time_together(capturable, device, seconds, graphs=True), {})
+            rows.append(_row(case, direction, name, mode="graph", error=described(error)))
+    graphs[COPY] = captured(lambda: tensors.x.detach().clone)
+    return rows + rows_of(case, direction, "graph", time_together(graphs, tensors.x.device, seconds), {})
+
+
+def described(error: Exception) -> str:
+    """An error in a cell of a table."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 def rows_of(

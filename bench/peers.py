@@ -198,8 +198,7 @@ def clipped_channels(case: Case) -> list[int]:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """The model compiled for itself: without the reset, dynamo gives up after 8 layers that share their code."""
-    torch._dynamo.reset()
+    """The model compiled for its shape."""
     torch._functorch.config.donated_buffer = False  # backwards are timed over and over on one graph
     return torch.compile(model, dynamic=False, fullgraph=True)
 

@@ -85,10 +85,7 @@ def _peers(rows: pd.DataFrame) -> Any:
     layers = layers[layers.net == layers.net.iloc[0]] if len(layers) else layers
     if layers.empty:
         return None
-    number = layers.groupby("candidate").job.nunique()
     table = report.means(layers, [*report.FORMAT, "direction"]).drop(columns="layers")
-    if number.drop(COPY, errors="ignore").nunique() > 1:  # a mean over other layers is another mean
-        table = table.rename(columns=lambda name: f"{name} ({number[name]} cases)")
     formats = list(dict.fromkeys(index[:2] for index in table.index))
     figure, axes = plt.subplots(
         1, len(formats), figsize=(5.5 * len(formats), 3.6), squeeze=False, sharey=True, layout="constrained"

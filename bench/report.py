@@ -68,7 +68,9 @@ def means(rows: pd.DataFrame, by: Sequence[str], candidates: Sequence[str] | Non
     rows_of = chosen.groupby([*by, "candidate"], sort=False)[["ratio", "count"]]
     table = rows_of.apply(lambda group: geometric_mean(list(group.ratio), list(group["count"]))).unstack("candidate")
     table.insert(0, "layers", chosen.groupby(list(by), sort=False).job.nunique())
-    return table[["layers", *peers]]
+    number = chosen.groupby("candidate").job.nunique()
+    fewer = {name: f"{name} (fewer layers)" for name in peers if number[name] < number.max()}
+    return table[["layers", *peers]].rename(columns=fewer)
 
 
 def losses(rows: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import layers, training
-from .cases import ALL_FORMATS, DIRECTIONS, LAYOUTS, STATES, Plan
+from .cases import ALL_FORMATS, DIRECTIONS, LAYOUTS, Plan
 from .networks import NETWORKS
 from .record import RESULTS, Recorder, machine
 from .training import MODES, Training, trainings
@@ -49,8 +49,8 @@ def levels(device_type: str) -> dict[str, Level]:
     if device_type == "cpu":
         small = {"sample": (3, 64, 64), "batch": 4}
         full = Level(
-            Plan(layers=8, divisor=16, formats=tuple(itertools.product(("float32", "bfloat16"), LAYOUTS)),
-                 states=STATES, state_layers=2, peer_layers=8, largest=2**28),
+            Plan(layers=8, other_layers=4, divisor=16,
+                 formats=tuple(itertools.product(("float32", "bfloat16"), LAYOUTS)), state_layers=2, largest=2**28),
             trainings(NETS_TRAINED, (fp32,), ("eager",), **small)
             + trainings(NETS_TRAINED[:1], (fp32,), ("compiled",), **small),
             seconds=0.1, minutes=25,
@@ -64,7 +64,7 @@ def levels(device_type: str) -> dict[str, Level]:
         everything = replace(full, plan=Plan(divisor=16, formats=ALL_FORMATS, largest=2**30), minutes=600)
     else:
         full = Level(
-            Plan(),
+            Plan(other_layers=8),
             trainings(NETS_TRAINED[:1], (bf16, fp32), MODES)
             + trainings(NETS_TRAINED[1:], (bf16, fp32), ("eager", "graph")),
             seconds=0.03, minutes=7.5,

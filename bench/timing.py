@@ -5,11 +5,12 @@ On a GPU CUDA events are read; small calls are also captured in a CUDA graph and
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,21 +36,16 @@ class Times:
         return cls(1e6 * tenths[1], 1e6 * tenths[4], 1e6 * tenths[7])
 
 
-def time_together(
-    calls: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, graphs: bool = False
-) -> dict[str, Times]:
+def time_together(calls: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, Times]:
     """Time the calls in turns, for about so many seconds in all.
 
     Args:
         calls: what to time; each is called several times before.
         device: where they run.
         seconds: spent in all; at least ``MIN_ROUNDS`` rounds are made, at most ``MAX_ROUNDS``.
-        graphs: time replays of a CUDA graph of each call instead.
     """
     for call in calls.values():
         call()
-    if graphs:
-        calls = {name: captured(call) for name, call in calls.items()}
     flush = _flusher(device)
     stopwatch = _seconds_on_gpu if device.type == "cuda" else _seconds_on_cpu
     found: dict[str, list[float]] = {name: [] for name in calls}
@@ -82,16 +78,17 @@ def host_times(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> 
     return {name: Times.of(values) for name, values in found.items()}
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """The call as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+def captured(make: Callable[[], Callable[[], Any]]) -> Callable[[], None]:
+    """The call that ``make`` returns, as a CUDA graph; made on the capturing stream, where its backward then runs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call = make()
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         call()
     return graph.replay
 
@@ -106,7 +103,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize()
         del result
         return torch.cuda.max_memory_allocated() - before
-    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
+    with _silent_stderr(), torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
         result = call()
     del result
     held = peak = 0
@@ -116,6 +113,19 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Some builds of the profiler write to the process's stderr, across a progress bar."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _seconds_on_cpu(call: Callable[[], Any], flush: Callable[[], Any]) -> float:

@@ -321,3 +321,16 @@ def test_the_check_for_gpus_is_valid_shell_and_refuses_without_one(tmp_path):
         text=True,
     )
     assert done.returncode == 2 and "sees no GPU" in done.stderr
+
+
+def test_the_check_for_gpus_runs_dry(tmp_path):
+    out = tmp_path / "out"
+    script = [str(ROOT / "bench" / "gpu_check.sh"), "--dry-run", str(out)]
+    done = subprocess.run(
+        script, env=os.environ | {"PYTHON": sys.executable, "STEPS": "tests-gpu bench"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    summary = (out / "summary.txt").read_text().splitlines()
+    assert [line.split()[0] for line in summary] == ["tests-gpu", "bench"] and all("passed" in line for line in summary)
+    assert "backends" in (out / "machine.txt").read_text()
+    assert report.load(out / "bench.csv").p50_us.notna().any()
