@@ -23,8 +23,8 @@ Written by `make docs-bench` from the CSVs in [`bench/results`](../bench/results
 `brn bench` (from a checkout) measures, `brn bench plot`, `show`, `compare` and `bars` read what it wrote.
 
 **How.** Results are checked against float64 before anything is timed. The candidates of a case take turns, in another
-order each round; the last cache is flushed before each call (on CPUs at most 64 MB of it); the median counts, p20 and
-p80 are in the CSV. On a GPU CUDA events are read, and replays of a CUDA graph where the host takes longer than the
+order each round; before each call a GPU's L2 is flushed, and of a CPU the cores' own caches (in its shared cache lives
+the interpreter too); the median counts, p20 and p80 are in the CSV. On a GPU CUDA events are read, and replays of a CUDA graph where the host takes longer than the
 kernels. A ratio is time of a peer / our time: above 1 ours is faster. Means are geometric, each layer as often as its
 network has it. The speed of a copy is that of `clone()` of the same bytes in the same turns; every tensor counts once
 (forward: read x, write y; backward: read x and dy, write dx), so a backward beyond the caches, which must read x and dy

@@ -1,4 +1,4 @@
-"""Times that can be compared: the calls take turns, in another order each round, each with the last cache flushed.
+"""Times that can be compared: the calls take turns, in another order each round, each with caches flushed.
 
 On a GPU CUDA events are read; small calls are also captured in a CUDA graph and its replays timed.
 """
@@ -18,6 +18,7 @@ import torch
 
 MAX_ROUNDS, MIN_ROUNDS = 60, 5
 HOST_CALLS = 200
+OWN_CACHES = 2**22  # bytes; more than a core's first and second level hold
 
 
 @dataclass(frozen=True)
@@ -149,19 +150,16 @@ def _seconds_on_gpu(call: Callable[[], Any], flush: Callable[[], Any]) -> float:
 
 
 def _flusher(device: torch.device) -> Callable[[], Any]:
-    """Writes more than the last cache holds; of a server's shared cache, more than one program gets of it."""
+    """Writes twice what a GPU's L2 holds; of CPUs the cores' own caches.
+
+    A CPU's shared cache is left alone: in training the convolution before has just written x there, and the interpreter
+    lives in it too, so that emptying it would measure Python more than anything else.
+    """
     if device.type == "cuda":
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     else:
-        size = min(2 * max(_last_cache(), 2**24), 2**26)
+        size = torch.get_num_threads() * OWN_CACHES
     return torch.empty(size, dtype=torch.uint8, device=device).zero_
-
-
-def _last_cache() -> int:
-    try:
-        return os.sysconf("SC_LEVEL3_CACHE_SIZE")
-    except (ValueError, OSError):
-        return 0
 
 
 def _synchronize(device: torch.device) -> None:
