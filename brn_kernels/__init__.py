@@ -5,6 +5,7 @@ from .convert import convert_batchnorm, convert_sync, revert_to_batchnorm
 from .functional import batch_renorm
 from .modules import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .population import update_stats
+from .recompute import recompute_activations
 from .schedule import ClipSchedule
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "batch_renorm",
     "convert_batchnorm",
     "convert_sync",
+    "recompute_activations",
     "revert_to_batchnorm",
     "update_stats",
     "use_backend",

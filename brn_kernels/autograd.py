@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, ops
+from . import distributed, ops, recompute
 from .backends import layout, reference
 
 
@@ -29,12 +29,17 @@ class BatchRenormFunction(torch.autograd.Function):
         bias: Tensor | None,
         rest: tuple[Any, ...],
     ) -> Tensor:
-        ctx.eps, ctx.activation, ctx.backend, _, ctx.process_group = rest[7:]
-        y, saved, bits = ops.run_forward(x, residual, mask, weight, bias, *rest)
+        ctx.eps, ctx.activation, ctx.backend, traced, ctx.process_group = rest[7:]
+        call = None if traced else recompute.begin(x, residual, mask, weight, bias, ctx.activation, ctx.backend)
+        y, saved, bits = ops.run_forward(
+            x, residual, mask, weight, bias, *rest, None if call is None else call.coefficients
+        )
         ctx.set_materialize_grads(False)
         if ctx.activation is None or reference.keeps_bits(residual, ctx.activation):
             residual = None  # the backward does without it
         ctx.channels_last = layout.layout_of(x).channels_last if bits.numel() > 0 else None
+        if call is not None:
+            call.register(y, saved)
         ctx.save_for_backward(x, residual, mask, weight, bias, saved, bits)
         return y
 

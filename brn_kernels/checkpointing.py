@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import recompute
+
 _NO_GRAD_CALLS_KEPT = 64
 _HOOKED_CALLS_KEPT = 1024
 
@@ -112,7 +114,7 @@ def pre_update_statistics(
     """The statistics a training call must use and update: these, or copies of older ones if it is run again."""
     live = (running_mean, running_var, num_batches_tracked, clipped)
     graph_task = torch._C._current_graph_task_id()
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = recompute.hooks_of_others()
     graded = torch.is_grad_enabled()
     if graph_task == -1 and hooks is None and graded:
         return live

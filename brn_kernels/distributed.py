@@ -75,6 +75,7 @@ def forward(
     momentum: float | None,
     eps: float,
     activation: str | None,
+    coefficients: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.forward`` with the statistics of all processes; local batches may differ in size, or be empty."""
     batch_mean, batch_var, m = _statistics(group, x, mask)
@@ -86,6 +87,9 @@ def forward(
     elif mask is not None or not _fuses(backend, x, residual, activation):
         y = torch.empty_like(x)
         bits = reference.write(y, x, residual, mask, weight, bias, saved, activation)
+    elif residual is None:
+        given = torch.stack([batch_mean, *_scale_and_shift(weight, bias, saved)], out=coefficients)
+        y, bits = backend.apply(x, given, activation), reference.empty_bits(x)
     else:
         y, bits = _affine(backend, x, residual, batch_mean, *_scale_and_shift(weight, bias, saved), activation)
     reference.update(

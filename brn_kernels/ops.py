@@ -3,7 +3,9 @@
 They are what a compiled graph contains. Autograd lies outside them (``autograd.py``); the backend is looked up when
 they run, so a trace does not depend on the machine it was made on. Arguments: ``backends/reference.py``, and
 ``traced``: whether the call comes from a trace, in which ``checkpointing.py`` cannot recognize that it is run again;
-``process_group``: the name of the group whose batch it is (``distributed.py``), None: this process's own.
+``process_group``: the name of the group whose batch it is (``distributed.py``), None: this process's own;
+``coefficients``: (3, C), to be filled with the pivot, scale and shift that y is computed of (``recompute.py``; only for
+calls that the backend's kernels do).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _operators.define(
     "forward(Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? clipped,"
     " Tensor? limits, float[] schedule, float? momentum, float eps, str? activation, str backend, bool traced,"
-    " str? process_group=None)"
+    " str? process_group=None, Tensor(e!)? coefficients=None)"
     " -> (Tensor y, Tensor saved, Tensor bits)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -53,6 +55,7 @@ def _forward(
     backend: str,
     traced: bool,
     process_group: str | None = None,
+    coefficients: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if traced and torch._C._current_graph_task_id() != -1 and running_mean is not None:
         raise RuntimeError(
@@ -65,8 +68,8 @@ def _forward(
     )  # fmt: skip
     kernels = backends.resolve(backend, x.device.type)
     if (group := distributed.group_of(process_group)) is not None:
-        return distributed.forward(kernels, group, *arguments)
-    return kernels.forward(*arguments)
+        return distributed.forward(kernels, group, *arguments, coefficients)
+    return kernels.forward(*arguments) if coefficients is None else kernels.forward(*arguments, coefficients)
 
 
 @library.impl(_operators, "backward", "CompositeExplicitAutograd")

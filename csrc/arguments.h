@@ -50,6 +50,10 @@ struct ForwardArguments {
   double momentum, eps;
   Activation activation;
   void* saved;  // (4, channels): batch_mean, inv_std, r, d; float, or double for float64
+  // (3, channels), dtype of `saved`: pivot, scale, shift of y = activation((x - pivot) * scale + shift + residual).
+  // Written if there; or, with `given`, read: then y is all that is written, and nothing else of a channel is needed.
+  void* coefficients;
+  bool given;
 };
 
 struct BackwardArguments {

@@ -227,7 +227,19 @@ BRN_INLINE Correction<T> finish_channel(const ForwardArguments& a, int64_t chann
   saved[a.layout.channels] = it.inv_std;
   saved[2 * a.layout.channels] = it.r;
   saved[3 * a.layout.channels] = it.d;
+  if (a.coefficients != nullptr) {
+    T* coefficients = static_cast<T*>(a.coefficients) + channel;
+    coefficients[0] = it.coefficients.pivot;
+    coefficients[a.layout.channels] = it.coefficients.scale;
+    coefficients[2 * a.layout.channels] = it.coefficients.shift;
+  }
   return it;
+}
+
+template <typename T>
+BRN_INLINE Coefficients<T> given_coefficients(const ForwardArguments& a, int64_t channel) {
+  const T* coefficients = static_cast<const T*>(a.coefficients) + channel;
+  return {coefficients[0], coefficients[a.layout.channels], coefficients[2 * a.layout.channels]};
 }
 
 // Whether y of a channel is written before its batch statistics are known: it is, if the limits are open and the

@@ -1,6 +1,6 @@
-// The operators torch.ops.brn_kernels_native.forward and .backward, on PyTorch's stable ABI: from tensors to plain
-// arguments. Compiled once for each device. native.py is their only caller: it allocates, and brings every tensor into
-// the layout of the call. What is checked here guards memory, not users.
+// The operators torch.ops.brn_kernels_native.forward, .apply and .backward, on PyTorch's stable ABI: from tensors to
+// plain arguments. Compiled once for each device. native.py is their only caller: it allocates, and brings every tensor
+// into the layout of the call. What is checked here guards memory, not users.
 #include "kernels.h"
 
 #include <torch/csrc/stable/library.h>
@@ -84,6 +84,14 @@ void check_saved(const Tensor& saved, const Tensor& x, const brn::Layout& layout
                   "saved: (4, channels) of the statistics' dtype");
 }
 
+void* coefficients_of(const Tensor& coefficients, const Tensor& x, const brn::Layout& layout) {
+  const ScalarType expected = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(coefficients.scalar_type() == expected && coefficients.is_contiguous() &&
+                      coefficients.numel() == 3 * layout.channels,
+                  "coefficients: (3, channels) of the statistics' dtype");
+  return coefficients.data_ptr();
+}
+
 #ifdef BRN_CUDA
 template <typename Arguments>
 void run(int (*launch)(const Arguments&, int, void*, void*), const Arguments& arguments, const Tensor& x) {
@@ -105,7 +113,8 @@ void run(void (*loops)(const Arguments&), const Arguments& arguments, const Tens
 void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTensor weight, MaybeTensor bias,
              MaybeTensor running_mean, MaybeTensor running_var, MaybeTensor num_batches_tracked, MaybeTensor clipped,
              MaybeTensor limits, Tensor saved, std::vector<int64_t> layout, std::vector<int64_t> strides,
-             std::vector<double> schedule, std::optional<double> momentum, double eps, int64_t activation) {
+             std::vector<double> schedule, std::optional<double> momentum, double eps, int64_t activation,
+             MaybeTensor coefficients) {
   const brn::Layout shape = layout_of(layout, x);
   check_saved(saved, x, shape);
   STD_TORCH_CHECK(schedule.size() == 5, "schedule: r_max, d_max, hold, r_ramp, d_ramp");
@@ -117,7 +126,7 @@ void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTe
   STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(), "running_mean and running_var: both or neither");
   STD_TORCH_CHECK(momentum.has_value() || num_batches_tracked.has_value() || !running_mean.has_value(),
                   "a cumulative average needs num_batches_tracked");
-  brn::ForwardArguments arguments;
+  brn::ForwardArguments arguments = {};
   arguments.dtype = dtype_of(x);
   arguments.layout = shape;
   arguments.x = side(x, x, strides, 0);
@@ -141,6 +150,21 @@ void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTe
   arguments.eps = eps;
   arguments.activation = activation_of(activation);
   arguments.saved = saved.data_ptr();
+  if (coefficients.has_value()) arguments.coefficients = coefficients_of(*coefficients, x, shape);
+  run(brn::forward, arguments, x);
+}
+
+// y of coefficients that a forward wrote, with the same bits.
+void apply(Tensor x, Tensor y, Tensor coefficients, std::vector<int64_t> layout, std::vector<int64_t> strides,
+           int64_t activation) {
+  brn::ForwardArguments arguments = {};
+  arguments.dtype = dtype_of(x);
+  arguments.layout = layout_of(layout, x);
+  arguments.x = side(x, x, strides, 0);
+  arguments.y = side(y, x, strides, 1);
+  arguments.activation = activation_of(activation);
+  arguments.coefficients = coefficients_of(coefficients, x, arguments.layout);
+  arguments.given = true;
   run(brn::forward, arguments, x);
 }
 
@@ -178,6 +202,7 @@ void backward(Tensor dy, Tensor x, MaybeTensor residual, MaybeTensor bits, Maybe
 
 STABLE_TORCH_LIBRARY_IMPL(brn_kernels_native, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward));
+  m.impl("apply", TORCH_BOX(&apply));
   m.impl("backward", TORCH_BOX(&backward));
 }
 
@@ -188,7 +213,8 @@ STABLE_TORCH_LIBRARY(brn_kernels_native, m) {
       "forward(Tensor x, Tensor? residual, Tensor(a!) y, Tensor(b!)? bits, Tensor? weight, Tensor? bias,"
       " Tensor(c!)? running_mean, Tensor(d!)? running_var, Tensor(e!)? num_batches_tracked, Tensor(f!)? clipped,"
       " Tensor? limits, Tensor(g!) saved, int[] layout, int[] strides, float[] schedule, float? momentum, float eps,"
-      " int activation) -> ()");
+      " int activation, Tensor(h!)? coefficients=None) -> ()");
+  m.def("apply(Tensor x, Tensor(a!) y, Tensor coefficients, int[] layout, int[] strides, int activation) -> ()");
   m.def(
       "backward(Tensor dy, Tensor x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, Tensor saved,"
       " Tensor(a!)? dx, Tensor(b!)? dresidual, Tensor(c!) dweight, Tensor(d!) dbias, int[] layout, int[] strides,"
@@ -200,6 +226,7 @@ std::string instruction_set() { return brn::instruction_set(); }
 
 STABLE_TORCH_LIBRARY_IMPL(brn_kernels_native, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
+  m.impl("apply", TORCH_BOX(&apply));
   m.impl("backward", TORCH_BOX(&backward));
 }
 

@@ -70,6 +70,7 @@ def forward(
     momentum: float | None,
     eps: float,
     activation: str | None,
+    coefficients: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.forward``; a mask is left to it."""
     if not is_fused(x, residual, mask, activation):
@@ -89,10 +90,24 @@ def forward(
         source.tensor, extra.tensor, target.tensor, bits if kept else None, dense(weight), dense(bias), dense_mean,
         dense_var, num_batches_tracked, dense_clipped, dense(limits), saved, shape,
         source.strides + extra.strides + target.strides, schedule, momentum, eps, ACTIVATION_CODES[activation],
+        coefficients,
     )  # fmt: skip
     target.copy_to(y)
     copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
     return y, saved, bits
+
+
+def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
+    """Y of the ``coefficients`` that ``forward`` filled, in one pass."""
+    shape = sides.layout_of(x)
+    source = readable(x, shape)
+    y = torch.empty_like(x)
+    target = writable(y, shape)
+    torch.ops.brn_kernels_native.apply(
+        source.tensor, target.tensor, coefficients, shape, source.strides + target.strides, ACTIVATION_CODES[activation]
+    )
+    target.copy_to(y)
+    return y
 
 
 def backward(

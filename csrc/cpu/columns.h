@@ -38,11 +38,14 @@ class ForwardColumns {
         written_(grid.channels) {
     for (int64_t channel = 0; channel < grid.channels; ++channel) {
       written_[channel] = predicted_unclipped(a_, channel, limits_);
-      coefficients_[channel] = written_[channel] ? predicted_coefficients<A>(a_, channel) : Coefficients<A>{};
+      coefficients_[channel] = a_.given            ? given_coefficients<A>(a_, channel)
+                               : written_[channel] ? predicted_coefficients<A>(a_, channel)
+                                                   : Coefficients<A>{};
     }
   }
 
   const Plan& plan() const { return plan_; }
+  bool given() const { return a_.given; }
 
   bool needs_second(int64_t unit) const {
     bool all = true;
@@ -217,6 +220,7 @@ class BackwardColumns {
   }
 
   const Plan& plan() const { return plan_; }
+  bool given() const { return false; }
   bool needs_second(int64_t) const { return a_.dx.data != nullptr || a_.dresidual.data != nullptr; }
 
   void first(int64_t unit, int64_t split) {

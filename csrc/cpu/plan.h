@@ -52,7 +52,7 @@ inline __attribute__((always_inline)) Plan plan_of(int64_t all_channels, int64_t
   return plan;
 }
 
-// Runs first, finish and second of `task` over a plan.
+// Runs first, finish and second of `task` over a plan; second alone where its coefficients are given.
 //   first(unit, split)     reads everything once
 //   finish(channels)       knows the sums of all splits
 //   second(unit, split)    writes what is not written yet, from the end, where the cache is still warm
@@ -61,8 +61,10 @@ inline __attribute__((always_inline)) void run_passes(const Plan& plan, Task& ta
   if (plan.splits == 1) {
     auto all = [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
-        task.first(unit, 0);
-        task.finish(unit * plan.channels, least((unit + 1) * plan.channels, plan.all_channels));
+        if (!task.given()) {
+          task.first(unit, 0);
+          task.finish(unit * plan.channels, least((unit + 1) * plan.channels, plan.all_channels));
+        }
         if (task.needs_second(unit)) task.second(unit, 0);
       }
       fence_streams();
@@ -74,9 +76,11 @@ inline __attribute__((always_inline)) void run_passes(const Plan& plan, Task& ta
     for (int64_t i = begin; i < end; ++i) task.first(i / plan.splits, i % plan.splits);
     fence_streams();
   };
-  for_each_task(parallel, plan.units * plan.splits, plan.grain, first);
   auto finish = [&](int64_t begin, int64_t end) { task.finish(begin, end); };
-  for_each_task(parallel, plan.all_channels, kGrainChannels, finish);
+  if (!task.given()) {
+    for_each_task(parallel, plan.units * plan.splits, plan.grain, first);
+    for_each_task(parallel, plan.all_channels, kGrainChannels, finish);
+  }
   auto second = [&](int64_t begin, int64_t end) {
     for (int64_t i = end - 1; i >= begin; --i) {
       if (task.needs_second(i / plan.splits)) task.second(i / plan.splits, i % plan.splits);

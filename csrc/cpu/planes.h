@@ -63,10 +63,12 @@ class ForwardPlanes {
         written_(plan_.units) {
     for (int64_t channel = 0; channel < plan_.units; ++channel) {
       written_[channel] = predicted_unclipped(a_, channel, limits_);
+      if (a_.given) coefficients_[channel] = given_coefficients<A>(a_, channel);
     }
   }
 
   const Plan& plan() const { return plan_; }
+  bool given() const { return a_.given; }
   bool needs_second(int64_t channel) const { return !written_[channel]; }
 
   void first(int64_t channel, int64_t split) {
@@ -173,6 +175,7 @@ class BackwardPlanes {
         coefficients_(plan_.units) {}
 
   const Plan& plan() const { return plan_; }
+  bool given() const { return false; }
   bool needs_second(int64_t) const { return a_.dx.data != nullptr || a_.dresidual.data != nullptr; }
 
   void first(int64_t channel, int64_t split) {

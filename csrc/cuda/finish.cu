@@ -44,12 +44,27 @@ __device__ __forceinline__ Pair sum_over_splits(Pair own, int channels) {
 }
 
 template <typename T>
+__device__ __forceinline__ void store_coefficients(const Workspace<T>& workspace, int64_t channel,
+                                                   const Coefficients<T>& it) {
+  T* coefficients = workspace.coefficients + channel;
+  coefficients[0] = it.pivot;
+  coefficients[workspace.padded_channels] = it.scale;
+  coefficients[2 * workspace.padded_channels] = it.shift;
+}
+
+template <typename T>
 __global__ void __launch_bounds__(kFinishThreads)
     forward_finish_kernel(const __grid_constant__ ForwardArguments a, const __grid_constant__ Geometry geometry,
                           const __grid_constant__ Workspace<T> workspace, const int block_channels) {
   const int64_t channels = a.layout.channels;
   const int64_t channel = int64_t{blockIdx.x} * block_channels + threadIdx.x % block_channels;
   const bool exists = channel < channels;
+  if (a.given) {
+    if (static_cast<int>(threadIdx.x) >= block_channels || channel >= workspace.padded_channels) return;
+    workspace.flags[channel] = exists;
+    if (exists) store_coefficients(workspace, channel, given_coefficients<T>(a, channel));
+    return;
+  }
   // Sums about the mean of one split: what cancels is bounded, as in the stream kernel.
   double origin = 0;
   Pair sums = {0, 0};
@@ -77,10 +92,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   const Limits<T> limits = limits_at<T>(a.schedule, a.counter);
   const bool predicted = predicted_unclipped(a, channel, limits);  // before `clipped` is overwritten
   const Correction<T> it = finish_channel(a, channel, moments_of(count, origin, sums.first, sums.second), limits);
-  T* coefficients = workspace.coefficients + channel;
-  coefficients[0] = it.coefficients.pivot;
-  coefficients[workspace.padded_channels] = it.coefficients.scale;
-  coefficients[2 * workspace.padded_channels] = it.coefficients.shift;
+  store_coefficients(workspace, channel, it.coefficients);
   workspace.flags[channel] = it.applies || !predicted;
 }
 

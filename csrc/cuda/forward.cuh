@@ -211,8 +211,11 @@ cudaError_t launch_forward(const ForwardArguments& a, const Plan& plan, void* me
     constexpr int kVector = decltype(vec)::value;
     constexpr bool kLast = decltype(last)::value;
     constexpr Activation kActivation = decltype(activation)::value;
-    cudaError_t error = launch(stream_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
-                               geometry_of(a.layout, plan, kVector, false), workspace);
+    cudaError_t error = cudaSuccess;
+    if (!a.given) {
+      error = launch(stream_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
+                     geometry_of(a.layout, plan, kVector, false), workspace);
+    }
     if (error == cudaSuccess) error = launch_forward_finish<T>(a, plan, memory, stream);
     if (error != cudaSuccess) return error;
     return launch(repair_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,

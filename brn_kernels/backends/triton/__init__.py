@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 
-from .launch import backward, forward, is_fused
+from .launch import apply, backward, forward, is_fused
 
-__all__ = ["backward", "forward", "is_fused", "unusable"]
+__all__ = ["apply", "backward", "forward", "is_fused", "unusable"]
 
 
 def unusable(device_type: str) -> str | None:

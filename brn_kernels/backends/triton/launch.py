@@ -45,6 +45,7 @@ def forward(
     momentum: float | None,
     eps: float,
     activation: str | None,
+    coefficients: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.forward`` in two launches."""
     if not is_fused(x, residual, mask, activation):
@@ -87,7 +88,30 @@ def forward(
         )  # fmt: skip
     target.copy_to(y)
     copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
+    if coefficients is not None:
+        coefficients.copy_(_coefficients(workspace, launch)[:3, : shape.channels])
     return y, saved, bits
+
+
+def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
+    """Y of the ``coefficients`` that ``forward`` filled: every channel is repaired."""
+    shape = sides.layout_of(x)
+    source = readable(x, shape)
+    y = torch.empty_like(x)
+    target = writable(y, shape)
+    all_strides = source.strides + (0, 0) + target.strides
+    launch = config.launch_for(shape, x.element_size(), all_strides, config.device_of(x.device))
+    workspace = torch.ones(
+        kernels_forward.COEFFICIENT_ROWS * launch.padded_channels, dtype=coefficients.dtype, device=x.device
+    )
+    _coefficients(workspace, launch)[:3, : shape.channels] = coefficients
+    with _on_device(x):
+        kernels_forward.repair_kernel[launch.grid](
+            source.tensor, None, target.tensor, None, None, workspace, *_geometry(launch, shape),
+            *_in_vectors(launch.vector, all_strides), **_tile(launch, coefficients.dtype, activation),
+        )  # fmt: skip
+    target.copy_to(y)
+    return y
 
 
 def backward(
@@ -155,6 +179,12 @@ def backward(
 def _workspace(launch: Launch, kernels: ModuleType, acc: torch.dtype, device: torch.device) -> Tensor:
     rows = kernels.COEFFICIENT_ROWS + kernels.PARTIAL_ROWS * launch.splits
     return torch.empty(rows * launch.padded_channels, dtype=acc, device=device)
+
+
+def _coefficients(workspace: Tensor, launch: Launch) -> Tensor:
+    """The rows of a forward's workspace that the repair reads: pivot, scale, shift, and what is to be repaired."""
+    rows = kernels_forward.COEFFICIENT_ROWS
+    return workspace[: rows * launch.padded_channels].view(rows, launch.padded_channels)
 
 
 def _geometry(launch: Launch, shape: Layout) -> tuple[int, ...]:
