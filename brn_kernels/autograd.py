@@ -39,7 +39,7 @@ class BatchRenormFunction(torch.autograd.Function):
             residual = None  # the backward does without it
         ctx.channels_last = layout.layout_of(x).channels_last if bits.numel() > 0 else None
         if call is not None:
-            call.register(y, saved)
+            ctx.output = call.register(y, saved)
         ctx.save_for_backward(x, residual, mask, weight, bias, saved, bits)
         return y
 

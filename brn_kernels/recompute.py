@@ -97,13 +97,13 @@ class Call:
             self._bias = None if bias is None else bias.detach().clone()
             self._mask = None if mask is None else (mask, mask._version)
 
-    def register(self, y: Tensor, saved: Tensor) -> None:
+    def register(self, y: Tensor, saved: Tensor) -> Output:
         """Say that y, which the forward is about to return, can be computed again. The next to be saved must be x."""
         if self.coefficients is None:
             self._compute = functools.partial(
                 _written, saved, self._mask, self._weight, self._bias, self._activation
             )  # fmt: skip
-        self._hooks.register(self._x, y, _Recipe(self._x, y, self._compute))
+        return self._hooks.register_layer(self._x, y, self._compute)
 
 
 def begin(
@@ -123,37 +123,78 @@ def begin(
 
 
 class _Recipe:
-    """How to compute an output again."""
+    """How to compute a tensor again."""
 
-    __slots__ = ("__weakref__", "_compute", "_made", "_shape", "_stride", "_x_stride", "x")
+    __slots__ = ("__weakref__", "_device", "_dtype", "_made", "_stride", "shape")
 
-    def __init__(self, x: Tensor, y: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
-        self.x: Any = None  # as packed, once the layer has saved it
-        self._x_stride, self._shape, self._stride = x.stride(), y.shape, y.stride()
-        self._compute = compute
+    def __init__(self, like: Tensor) -> None:
+        self.shape, self._stride, self._dtype, self._device = like.shape, like.stride(), like.dtype, like.device
         self._made: tuple[StorageWeakRef, Any] | None = None  # what was computed last, and on which stream
 
     def output(self) -> Tensor:
-        """y, computed now, or the memory of the last time if someone still holds it."""
-        x = _unpacked(self.x, "the input of Batch Renormalization, of which its output is to be computed again,")
-        stream = None if x.device.type == "cpu" else torch.accelerator.current_stream(x.device)
+        """The tensor, computed now, or in the memory of the last time if someone still holds that."""
+        stream = None if self._device.type == "cpu" else torch.accelerator.current_stream(self._device)
         if self._made is not None and self._made[1] == stream:
             storage = torch.UntypedStorage._new_with_weak_ptr(self._made[0].cdata)
             if storage is not None:
-                return torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, 0, self._shape, self._stride)
-        y = self._compute(_with_strides(x, self._x_stride))
-        y = _with_strides(y, self._stride)
-        self._made = StorageWeakRef(y.untyped_storage()), stream
-        return y
+                empty = torch.empty(0, dtype=self._dtype, device=self._device)
+                return empty.set_(storage, 0, self.shape, self._stride)
+        made = _with_strides(self._computed(), self._stride)
+        self._made = StorageWeakRef(made.untyped_storage()), stream
+        return made
+
+    def _computed(self) -> Tensor:
+        raise NotImplementedError
 
 
-class _Output(NamedTuple):
-    """A registered output, by its storage."""
+class _LayerRecipe(_Recipe):
+    """The output of a layer, from its input."""
+
+    __slots__ = ("_compute", "_x_stride", "x")
+
+    def __init__(self, x: Tensor, y: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(y)
+        self.x: Any = None  # as packed, once the layer has saved it
+        self._x_stride, self._compute = x.stride(), compute
+
+    def _computed(self) -> Tensor:
+        x = _unpacked(self.x, "the input of Batch Renormalization, of which its output is to be computed again,")
+        return self._compute(_with_strides(x, self._x_stride))
+
+
+class _CatRecipe(_Recipe):
+    """What ``torch.cat`` made of outputs of layers, which are computed again, and of others, which are kept."""
+
+    __slots__ = ("_dim", "_parts")
+
+    def __init__(self, joined: Tensor, dim: int, parts: list[_Recipe | Any]) -> None:
+        super().__init__(joined)
+        self._dim, self._parts = dim, parts
+
+    def _computed(self) -> Tensor:
+        joined = torch.empty_strided(self.shape, self._stride, dtype=self._dtype, device=self._device)
+        start = 0
+        for part in self._parts:
+            tensor = part.output() if isinstance(part, _Recipe) else _unpacked(part, "a part of a saved tensor")
+            size = tensor.shape[self._dim]
+            joined.narrow(self._dim, start, size).copy_(tensor)
+            start += size
+        return joined
+
+
+class Output(NamedTuple):
+    """A tensor that can be computed again."""
 
     recipe: weakref.ref[_Recipe]
     storage: StorageWeakRef
     dtype: torch.dtype
     version: int
+    versions: Tensor  # with the version counter of the tensor, not its memory
+    table: dict[int, Output]
+
+    def alive(self) -> _Recipe | None:
+        """The recipe, if someone still holds it and nobody has modified the tensor."""
+        return self.recipe() if self.versions._version == self.version else None
 
 
 class _Recomputed(NamedTuple):
@@ -186,7 +227,7 @@ class _Handed(NamedTuple):
     unpack: Callable[[Any], Tensor]
 
 
-_outputs: dict[int, _Output] = {}  # by the address of the storage
+_outputs: dict[int, Output] = {}  # by the address of the storage
 
 
 class _Hooks:
@@ -197,14 +238,23 @@ class _Hooks:
         # Under others' hooks only outputs of the same context are replaced: a checkpointed region that runs again, in a
         # context of its own, then hands them the same tensors in the same order.
         self._outputs = _outputs if outer is None else {}
-        self._next: tuple[Tensor, _Recipe] | None = None  # the layer's x, which is about to be saved
+        self._next: tuple[Tensor, _LayerRecipe] | None = None  # the layer's x, which is about to be saved
 
-    def register(self, x: Tensor, y: Tensor, recipe: _Recipe) -> None:
-        storage = y.untyped_storage()
-        address, outputs = storage._cdata, self._outputs
-        reference_to_recipe = weakref.ref(recipe, lambda gone: _forget(outputs, address, gone))
-        outputs[address] = _Output(reference_to_recipe, StorageWeakRef(storage), y.dtype, y._version)
+    def register_layer(self, x: Tensor, y: Tensor, compute: Callable[[Tensor], Tensor]) -> Output:
+        recipe = _LayerRecipe(x, y, compute)
         self._next = x, recipe
+        return self._register(y, recipe)
+
+    def _register(self, tensor: Tensor, recipe: _Recipe) -> Output:
+        storage = tensor.untyped_storage()
+        address, outputs = storage._cdata, self._outputs
+        versions = tensor.detach()
+        versions.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        reference_to_recipe = weakref.ref(recipe, lambda gone: _forget(outputs, address, gone))
+        output = outputs[address] = Output(
+            reference_to_recipe, StorageWeakRef(storage), tensor.dtype, tensor._version, versions, outputs
+        )
+        return output
 
     def pack(self, tensor: Tensor) -> Any:
         if self._next is not None:
@@ -218,15 +268,53 @@ class _Hooks:
         return _unpacked(packed, "a saved tensor")
 
     def _packed(self, tensor: Tensor) -> Any:
-        if self._outputs and type(tensor) is Tensor and tensor.layout is torch.strided:
+        if self._outputs and type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_neg():
             output = self._outputs.get(tensor.untyped_storage()._cdata)
-            if output is not None and output.version == tensor._version and output.dtype == tensor.dtype:
-                recipe = output.recipe()
-                if recipe is not None and recipe.x is not None and not tensor.is_neg():
-                    return _Recomputed(recipe, tensor.shape, tensor.stride(), tensor.storage_offset())
+            if output is None:
+                recipe = self._joined(tensor) if type(tensor.grad_fn).__name__ == "CatBackward0" else None
+            else:
+                recipe = output.alive() if tensor._version == output.version else None
+            if recipe is not None and tensor.dtype == recipe._dtype:
+                return _Recomputed(recipe, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return self._kept(tensor)
+
+    def _kept(self, tensor: Tensor) -> Any:
         if self.outer is not None:
             return _Handed(self.outer[0](tensor), self.outer[1])
         return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
+
+    def _joined(self, tensor: Tensor) -> _Recipe | None:
+        """A recipe of what ``torch.cat`` returned, if at least a half of it is outputs of layers."""
+        node: Any = tensor.grad_fn
+        if tensor._version != 0 or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+            return None
+        dim = node._saved_dim
+        dim = (dim - 2**64 if dim >= 2**63 else dim) % tensor.dim()
+        known: list[tuple[int, _Recipe | None]] = []  # size along dim, and how to compute it
+        for function, number in node.next_functions:
+            if function is None:
+                return None  # its size is not known
+            shape = function._input_metadata[number].shape
+            output = getattr(function, "output", None)
+            recipe = output.alive() if isinstance(output, Output) and output.table is self._outputs else None
+            if recipe is not None and recipe._dtype != tensor.dtype:
+                recipe = None
+            if len(shape) != tensor.dim():
+                return None
+            known.append((shape[dim], recipe))
+        total = tensor.shape[dim]
+        if sum(size for size, _ in known) != total:
+            return None
+        if 2 * sum(size for size, recipe in known if recipe is not None) < total:
+            return None
+        parts: list[_Recipe | Any] = []
+        start = 0
+        for size, recipe in known:
+            parts.append(self._kept(tensor.narrow(dim, start, size).clone()) if recipe is None else recipe)
+            start += size
+        made = _CatRecipe(tensor, dim, parts)
+        self._register(tensor, made)
+        return made
 
 
 def _unpacked(packed: Any, what: str) -> Tensor:
@@ -254,7 +342,7 @@ def _owner(hooks: _HookPair | None) -> _Hooks | None:
     return owner if type(owner) is _Hooks else None
 
 
-def _forget(outputs: dict[int, _Output], address: int, gone: weakref.ref[_Recipe]) -> None:
+def _forget(outputs: dict[int, Output], address: int, gone: weakref.ref[_Recipe]) -> None:
     output = outputs.get(address)
     if output is not None and output.recipe is gone:
         del outputs[address]
