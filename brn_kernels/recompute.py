@@ -11,7 +11,7 @@ with. A saved tensor that lies in y's memory, and was not modified since, is rep
 - The recipe lives as long as someone needs it: the layer's saved x, or a consumer's saved y. The table of registered
   outputs holds it weakly, so neither the table nor the layer's node keeps x alive longer than PyTorch would.
 - PyTorch compares versions only of tensors that no hook has touched; so the hooks here compare them.
-- Hooks that were active before (``save_on_cpu``, a checkpointed region) still get all that is kept, once each.
+- Hooks that were active before (``save_on_cpu``) still get all that is kept, once each.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import checkpoint
 
 from . import backends
 from .backends import reference
@@ -45,9 +46,9 @@ class recompute_activations(contextlib.ContextDecorator):  # noqa: N801  (a func
     Safe: an input x that was modified in place between forward and backward is a ``RuntimeError``, as PyTorch's own
     (so is any other saved tensor); an output that was modified in place before something saved it is kept as usual,
     and after that the backward sees the values that were saved. ``retain_graph``, second derivatives, activation
-    checkpointing (inside such a region, or around it), autocast, processes and threads (each enters for itself) work.
-    Hooks that were active before (``torch.autograd.graph.save_on_cpu``) get what is kept; hooks entered inside hide the
-    layers from this context. No effect in evaluation, without gradients, and in compiled code. Under ``torch.func``'s
+    checkpointing (around such a region; inside one there is nothing to spare), autocast, processes and threads (each enters for itself) work.
+    Hooks that were active before (``torch.autograd.graph.save_on_cpu``) get what is kept, and may be asked for it more
+    than once; hooks entered inside hide the layers from this context. No effect in evaluation, without gradients, and in compiled code. Under ``torch.func``'s
     ``grad`` PyTorch refuses saved-tensor hooks with an error.
 
     Not noticed, as in PyTorch: modifications through ``.data``.
@@ -57,8 +58,12 @@ class recompute_activations(contextlib.ContextDecorator):  # noqa: N801  (a func
         if torch.compiler.is_compiling():
             return
         top = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        hooks = _owner(top) or _Hooks(top)
-        torch._C._autograd._push_saved_tensors_default_hooks(hooks.pack, hooks.unpack)
+        if top is None or not (_owner(top) or getattr(top[0], "__module__", None) == checkpoint.__name__):
+            hooks = _Hooks(top)
+            top = hooks.pack, hooks.unpack
+        # else once more those in force: ours, or a checkpointed region's, which keeps nothing that could be spared, and
+        # gives each tensor back but once
+        torch._C._autograd._push_saved_tensors_default_hooks(*top)
 
     def __exit__(self, *_: object) -> None:
         if torch.compiler.is_compiling():
@@ -125,10 +130,10 @@ def begin(
 class _Recipe:
     """How to compute a tensor again."""
 
-    __slots__ = ("__weakref__", "_device", "_dtype", "_made", "_stride", "shape")
+    __slots__ = ("__weakref__", "_device", "_made", "_stride", "dtype", "shape")
 
     def __init__(self, like: Tensor) -> None:
-        self.shape, self._stride, self._dtype, self._device = like.shape, like.stride(), like.dtype, like.device
+        self.shape, self._stride, self.dtype, self._device = like.shape, like.stride(), like.dtype, like.device
         self._made: tuple[StorageWeakRef, Any] | None = None  # what was computed last, and on which stream
 
     def output(self) -> Tensor:
@@ -137,7 +142,7 @@ class _Recipe:
         if self._made is not None and self._made[1] == stream:
             storage = torch.UntypedStorage._new_with_weak_ptr(self._made[0].cdata)
             if storage is not None:
-                empty = torch.empty(0, dtype=self._dtype, device=self._device)
+                empty = torch.empty(0, dtype=self.dtype, device=self._device)
                 return empty.set_(storage, 0, self.shape, self._stride)
         made = _with_strides(self._computed(), self._stride)
         self._made = StorageWeakRef(made.untyped_storage()), stream
@@ -172,7 +177,7 @@ class _CatRecipe(_Recipe):
         self._dim, self._parts = dim, parts
 
     def _computed(self) -> Tensor:
-        joined = torch.empty_strided(self.shape, self._stride, dtype=self._dtype, device=self._device)
+        joined = torch.empty_strided(self.shape, self._stride, dtype=self.dtype, device=self._device)
         start = 0
         for part in self._parts:
             tensor = part.output() if isinstance(part, _Recipe) else _unpacked(part, "a part of a saved tensor")
@@ -186,11 +191,9 @@ class Output(NamedTuple):
     """A tensor that can be computed again."""
 
     recipe: weakref.ref[_Recipe]
-    storage: StorageWeakRef
-    dtype: torch.dtype
+    storage: StorageWeakRef  # so that its address is not used again
     version: int
     versions: Tensor  # with the version counter of the tensor, not its memory
-    table: dict[int, Output]
 
     def alive(self) -> _Recipe | None:
         """The recipe, if someone still holds it and nobody has modified the tensor."""
@@ -235,9 +238,6 @@ class _Hooks:
 
     def __init__(self, outer: _HookPair | None) -> None:
         self.outer = outer
-        # Under others' hooks only outputs of the same context are replaced: a checkpointed region that runs again, in a
-        # context of its own, then hands them the same tensors in the same order.
-        self._outputs = _outputs if outer is None else {}
         self._next: tuple[Tensor, _LayerRecipe] | None = None  # the layer's x, which is about to be saved
 
     def register_layer(self, x: Tensor, y: Tensor, compute: Callable[[Tensor], Tensor]) -> Output:
@@ -247,13 +247,12 @@ class _Hooks:
 
     def _register(self, tensor: Tensor, recipe: _Recipe) -> Output:
         storage = tensor.untyped_storage()
-        address, outputs = storage._cdata, self._outputs
+        address = storage._cdata
         versions = tensor.detach()
         versions.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        reference_to_recipe = weakref.ref(recipe, lambda gone: _forget(outputs, address, gone))
-        output = outputs[address] = Output(
-            reference_to_recipe, StorageWeakRef(storage), tensor.dtype, tensor._version, versions, outputs
-        )
+        held_by_others = weakref.ref(recipe, functools.partial(_forget, address))
+        output = Output(held_by_others, StorageWeakRef(storage), tensor._version, versions)
+        _outputs[address] = output
         return output
 
     def pack(self, tensor: Tensor) -> Any:
@@ -268,13 +267,13 @@ class _Hooks:
         return _unpacked(packed, "a saved tensor")
 
     def _packed(self, tensor: Tensor) -> Any:
-        if self._outputs and type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_neg():
-            output = self._outputs.get(tensor.untyped_storage()._cdata)
+        if _outputs and type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_neg():
+            output = _outputs.get(tensor.untyped_storage()._cdata)
             if output is None:
                 recipe = self._joined(tensor) if type(tensor.grad_fn).__name__ == "CatBackward0" else None
             else:
                 recipe = output.alive() if tensor._version == output.version else None
-            if recipe is not None and tensor.dtype == recipe._dtype:
+            if recipe is not None and tensor.dtype == recipe.dtype:
                 return _Recomputed(recipe, tensor.shape, tensor.stride(), tensor.storage_offset())
         return self._kept(tensor)
 
@@ -296,8 +295,8 @@ class _Hooks:
                 return None  # its size is not known
             shape = function._input_metadata[number].shape
             output = getattr(function, "output", None)
-            recipe = output.alive() if isinstance(output, Output) and output.table is self._outputs else None
-            if recipe is not None and recipe._dtype != tensor.dtype:
+            recipe = output.alive() if isinstance(output, Output) else None
+            if recipe is not None and recipe.dtype != tensor.dtype:
                 recipe = None
             if len(shape) != tensor.dim():
                 return None
@@ -342,10 +341,10 @@ def _owner(hooks: _HookPair | None) -> _Hooks | None:
     return owner if type(owner) is _Hooks else None
 
 
-def _forget(outputs: dict[int, Output], address: int, gone: weakref.ref[_Recipe]) -> None:
-    output = outputs.get(address)
+def _forget(address: int, gone: weakref.ref[_Recipe]) -> None:
+    output = _outputs.get(address)
     if output is not None and output.recipe is gone:
-        del outputs[address]
+        del _outputs[address]
 
 
 def _applied(kernels: ModuleType, coefficients: Tensor, activation: str | None, x: Tensor) -> Tensor:
