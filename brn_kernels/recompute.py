@@ -46,10 +46,11 @@ class recompute_activations(contextlib.ContextDecorator):  # noqa: N801  (a func
     Safe: an input x that was modified in place between forward and backward is a ``RuntimeError``, as PyTorch's own
     (so is any other saved tensor); an output that was modified in place before something saved it is kept as usual,
     and after that the backward sees the values that were saved. ``retain_graph``, second derivatives, activation
-    checkpointing (around such a region; inside one there is nothing to spare), autocast, processes and threads (each enters for itself) work.
-    Hooks that were active before (``torch.autograd.graph.save_on_cpu``) get what is kept, and may be asked for it more
-    than once; hooks entered inside hide the layers from this context. No effect in evaluation, without gradients, and in compiled code. Under ``torch.func``'s
-    ``grad`` PyTorch refuses saved-tensor hooks with an error.
+    checkpointing (around such a region; inside one there is nothing to spare), autocast, processes and threads (each
+    enters for itself) work. Hooks that were active before (``torch.autograd.graph.save_on_cpu``) get what is kept, and
+    may be asked for it more than once; hooks entered inside hide the layers from this context. No effect in
+    evaluation, without gradients, and in compiled code. Under ``torch.func.grad`` and its relatives PyTorch refuses
+    saved-tensor hooks with an error.
 
     Not noticed, as in PyTorch: modifications through ``.data``.
     """
@@ -216,13 +217,6 @@ class _Input(NamedTuple):
     recipe: _Recipe
 
 
-class _Kept(NamedTuple):
-    """A saved tensor as it is. Detached, since it may be an output of the node that saves it: that is a cycle."""
-
-    tensor: Tensor
-    version: int
-
-
 class _Handed(NamedTuple):
     """What the hooks that were active before made of a saved tensor."""
 
@@ -249,7 +243,7 @@ class _Hooks:
         storage = tensor.untyped_storage()
         address = storage._cdata
         versions = tensor.detach()
-        versions.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        versions.data = _nothing(tensor.dtype, tensor.device)
         held_by_others = weakref.ref(recipe, functools.partial(_forget, address))
         output = Output(held_by_others, StorageWeakRef(storage), tensor._version, versions)
         _outputs[address] = output
@@ -269,10 +263,11 @@ class _Hooks:
     def _packed(self, tensor: Tensor) -> Any:
         if _outputs and type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_neg():
             output = _outputs.get(tensor.untyped_storage()._cdata)
-            if output is None:
-                recipe = self._joined(tensor) if type(tensor.grad_fn).__name__ == "CatBackward0" else None
-            else:
+            recipe = None
+            if output is not None:
                 recipe = output.alive() if tensor._version == output.version else None
+            elif not tensor.is_leaf and type(tensor.grad_fn).__name__ == "CatBackward0":
+                recipe = self._joined(tensor)
             if recipe is not None and tensor.dtype == recipe.dtype:
                 return _Recomputed(recipe, tensor.shape, tensor.stride(), tensor.storage_offset())
         return self._kept(tensor)
@@ -280,7 +275,8 @@ class _Hooks:
     def _kept(self, tensor: Tensor) -> Any:
         if self.outer is not None:
             return _Handed(self.outer[0](tensor), self.outer[1])
-        return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
+        # detached, since it may be an output of the node that saves it, which would be a cycle
+        return tensor if tensor.is_leaf else tensor.detach(), tensor._version
 
     def _joined(self, tensor: Tensor) -> _Recipe | None:
         """A recipe of what ``torch.cat`` returned, if at least a half of it is outputs of layers."""
@@ -318,7 +314,7 @@ class _Hooks:
 
 def _unpacked(packed: Any, what: str) -> Tensor:
     kind = type(packed)
-    if kind is _Kept:
+    if kind is tuple:  # a plain one is quickest to make
         tensor, version = packed
         if tensor._version != version:
             raise RuntimeError(
@@ -341,6 +337,11 @@ def _owner(hooks: _HookPair | None) -> _Hooks | None:
     return owner if type(owner) is _Hooks else None
 
 
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(0, dtype=dtype, device=device)
+
+
 def _forget(address: int, gone: weakref.ref[_Recipe]) -> None:
     output = _outputs.get(address)
     if output is not None and output.recipe is gone:
@@ -359,7 +360,7 @@ def _written(
     activation: str | None,
     x: Tensor,
 ) -> Tensor:
-    valid = None if mask is None else _unpacked(_Kept(*mask), "the mask of Batch Renormalization")
+    valid = None if mask is None else _unpacked(mask, "the mask of Batch Renormalization")
     y = torch.empty_like(x)
     reference.write(y, x, None, valid, weight, bias, saved, activation)
     return y

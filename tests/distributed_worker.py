@@ -156,6 +156,34 @@ def checkpointing():
     trains_alike(lambda model: DistributedDataParallel(Checkpointed(model)))
 
 
+def recomputing():
+    """Outputs computed again of the statistics of all, without an exchange: bits and gradients of the run that keeps."""
+
+    class Recomputing(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.module = model
+
+        @brn.recompute_activations()
+        def forward(self, x):
+            return self.module(x)
+
+    trains_alike(lambda model: DistributedDataParallel(Recomputing(model)))
+    for dtype in (torch.float32, torch.bfloat16):
+        for activation in (None, "silu"):
+            torch.manual_seed(dist.get_rank())
+            layer = brn.convert_sync(brn.BatchRenorm2d(CHANNELS, schedule=LIMITS, activation=activation))
+            conv = nn.Conv2d(CHANNELS, 2, 3).to(dtype)
+            x = (normal(2 + dist.get_rank(), CHANNELS, 5, 5, seed=dist.get_rank()) * 2 + 0.5).to(dtype)
+            grads = []
+            for on in (False, True):
+                mine, conv.weight.grad, inputs = copy.deepcopy(layer), None, x.clone().requires_grad_()
+                forward = brn.recompute_activations()(mine.forward) if on else mine
+                conv(forward(inputs)).square().sum().backward()
+                grads.append([inputs.grad, conv.weight.grad, mine.weight.grad, mine.running_var])
+            assert all(map(torch.equal, *grads))
+
+
 def compiled():
     """One graph, and the same training."""
     trains_alike(lambda model: DistributedDataParallel(torch.compile(model, fullgraph=True, backend="aot_eager")))

@@ -46,6 +46,10 @@ def test_training_equals_one_process(check):
     passes(check, "auto", 2)
 
 
+def test_outputs_are_computed_again(backend):
+    passes("recomputing", backend, 2)
+
+
 def test_groups_of_their_own_and_evaluation_alone():
     passes("groups", "auto", 4)
 
