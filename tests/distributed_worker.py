@@ -157,7 +157,7 @@ def checkpointing():
 
 
 def recomputing():
-    """Outputs computed again of the statistics of all, without an exchange: bits and gradients of the run that keeps."""
+    """Outputs computed again of the statistics of all: bits and gradients of the run that keeps them."""
 
     class Recomputing(nn.Module):
         def __init__(self, model):

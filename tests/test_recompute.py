@@ -87,6 +87,10 @@ def assert_same_bits(actual, expected):
     assert torch.equal(bits_of(actual), bits_of(expected))
 
 
+def interpreted(backend, device):
+    return backend == "triton" and device.type == "cpu"
+
+
 def is_freed(storage):
     """At once; Triton's interpreter leaves cycles behind."""
     if brn.backends.selected() == "triton" and not torch.cuda.is_available():
@@ -130,14 +134,20 @@ def spread(x):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("clipped", SCHEDULES)
 def test_the_same_bits_come_back(backend, device, activation, dtype, layout, clipped):
-    layer = trained_layer(4, 19, device, dtype, clipped, activation=activation)
+    shape = (3, 19, 5, 7)
+    if interpreted(backend, device):
+        shape = (2, 9, 3, 4)
+        if dtype not in (torch.float32, torch.bfloat16) or activation not in ("relu", "silu"):
+            pytest.skip("seconds each where kernels are interpreted; test_any_shape has some of these")
+    channels = shape[1]
+    layer = trained_layer(4, channels, device, dtype, clipped, activation=activation)
     states = []
     for step in range(2):
-        x = LAYOUTS[layout](spread(normal(3, 19, 5, 7, seed=step, dtype=dtype, device=device))).requires_grad_()
+        x = LAYOUTS[layout](spread(normal(*shape, seed=step, dtype=dtype, device=device))).requires_grad_()
         assert_same_bits(*reversed(comes_back(layer, x)))
         states.append(layer.clipped.sum().item())
-    expected = {"unclipped": states == [0, 0], "some clipped": 0 < states[-1] < 19}
-    assert expected.get(clipped, states[-1] >= 18), states
+    expected = {"unclipped": states == [0, 0], "some clipped": 0 < states[-1] < channels}
+    assert expected.get(clipped, states[-1] >= channels - 1), states
 
 
 @pytest.mark.parametrize(
@@ -159,7 +169,7 @@ def test_other_layers(backend, device, arguments, masked):
         assert_same_bits(actual, expected)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=5).filter(lambda s: s[0] * torch.Size(s[2:]).numel() > 1),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
@@ -168,7 +178,7 @@ def test_other_layers(backend, device, arguments, masked):
 )  # fmt: skip
 def test_any_shape(backend, device, shape, dtype, layout, activation, clipped, seed):
     layer = trained_layer(len(shape), shape[1], device, dtype, clipped, activation=activation)
-    for step in range(2):
+    for step in range(1 if interpreted(backend, device) else 2):
         x = LAYOUTS[layout](spread(normal(*shape, seed=seed + step, dtype=dtype, device=device))).requires_grad_()
         expected, actual = comes_back(layer, x)
         assert_same_bits(actual, expected)
@@ -176,7 +186,7 @@ def test_any_shape(backend, device, shape, dtype, layout, activation, clipped, s
 
 def test_large_enough_for_several_splits(backend, device, request):
     shape = (16, 70, 70, 70)
-    if backend == "triton" and device.type == "cpu":
+    if interpreted(backend, device):
         request.getfixturevalue("tiny_tiles")
         shape = (3, 19, 9, 8)
     for layout in LAYOUTS.values():
@@ -308,7 +318,7 @@ def test_a_bottleneck_keeps_what_the_design_says(backend, device):
 
 def test_nothing_waits_for_the_garbage_collector(backend, device):
     """Inputs and outputs of nodes that save them: whatever holds them must not be a cycle."""
-    if backend == "triton" and device.type == "cpu":
+    if interpreted(backend, device):
         pytest.skip("Triton's interpreter itself leaves cycles behind")
     layers = [trained_layer(3, 3, device, activation="silu"), nn.Conv1d(3, 3, 1, device=device), nn.Sigmoid()]
     x = normal(2, 3, 5, device=device)
