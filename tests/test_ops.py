@@ -70,9 +70,22 @@ def test_opcheck(backend, device, case, channels_last):
         )
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_coefficients_are_filled_and_give_the_same_output(backend, device, activation):
+    if backend == "reference":
+        pytest.skip("has none: it writes y of what is saved for the backward")
+    arguments = forward_arguments((2, 9, 3, 4), device, full=True, activation=activation)
+    arguments[1] = None  # the residual
+    coefficients = torch.empty(3, 9, device=device)
+    torch.library.opcheck(ops.forward, [*arguments, None, coefficients])
+    y, _, _ = ops.forward(*arguments, None, coefficients)
+    kernels = brn.backends.resolve(backend, device.type)
+    assert torch.equal(kernels.apply(arguments[0], coefficients, activation), y)
+
+
 def test_the_schema_declares_what_is_updated():
     schema = str(ops.forward._schema)
-    for name in ("running_mean", "running_var", "num_batches_tracked", "clipped"):
+    for name in ("running_mean", "running_var", "num_batches_tracked", "clipped", "coefficients"):
         argument = next(a for a in ops.forward._schema.arguments if a.name == name)
         assert argument.alias_info is not None and argument.alias_info.is_write, schema
 

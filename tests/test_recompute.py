@@ -17,7 +17,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import brn_kernels as brn
-from brn_kernels import recompute
+from brn_kernels import checkpointing, recompute
 
 LAYERS = {2: brn.BatchRenorm1d, 3: brn.BatchRenorm1d, 4: brn.BatchRenorm2d, 5: brn.BatchRenorm3d}
 SCHEDULES = {
@@ -557,8 +557,13 @@ def test_addresses_that_are_used_again_are_not_mistaken(device):
     losses, seen = [], []
     with brn.recompute_activations():
         for k in range(20):
-            losses.append(layer(x).mean())  # saves no y
+            y = layer(x)
+            version = y._version
+            losses.append(y.mean())  # saves no y
+            del y
             other = torch.full((4, 3, 64), float(k), device=device) * x
+            for _ in range(version):
+                other.add_(0)
             seen.append((other.detach().clone(), []))
             losses.append(Keep.apply(other, seen[-1][1]).sum())
             del other
@@ -653,7 +658,6 @@ def test_checkpointed_blocks_between_others(backend, device):
 
 
 def test_save_on_cpu_around_gets_what_is_kept(backend, device):
-    """It forgets strides, too; the bits stay."""
     layer = trained_layer(4, 3, device, activation="silu")
     for layout in LAYOUTS.values():
         x = layout(normal(2, 3, 5, 5, device=device)).requires_grad_()
@@ -664,6 +668,26 @@ def test_save_on_cpu_around_gets_what_is_kept(backend, device):
             loss = Keep.apply(y, seen).sum()
         loss.backward()
         assert_same_bits(seen[0], expected)
+
+
+def test_hooks_around_that_forget_strides(backend, device):
+    layer = trained_layer(4, 3, device, activation="silu")
+    forget = lambda t: t.detach().clone(memory_format=torch.contiguous_format)  # noqa: E731
+    for layout in LAYOUTS.values():
+        seen = []
+        with saved_tensors_hooks(forget, lambda t: t), brn.recompute_activations():
+            y = layer(layout(normal(2, 3, 5, 5, device=device)).requires_grad_())
+            expected = y.detach().clone(memory_format=torch.preserve_format)
+            loss = Keep.apply(y, seen).sum()
+        loss.backward()
+        assert_same_bits(seen[0], expected)
+
+
+def test_statistics_are_not_copied_as_for_checkpointing(device):
+    layer = trained_layer(3, 3, device)
+    with brn.recompute_activations():
+        layer(normal(2, 3, 5, device=device).requires_grad_()).sum().backward()
+    assert layer.running_mean not in checkpointing._logs
 
 
 def test_hooks_around_get_each_kept_tensor_once_and_no_output(backend, device):
