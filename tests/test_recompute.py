@@ -571,6 +571,20 @@ def test_addresses_that_are_used_again_are_not_mistaken(device):
     assert all(torch.equal(expected, got[0]) for expected, got in seen)
 
 
+def test_the_address_of_an_output_is_not_used_again_while_it_may_be_looked_up(device):
+    layer = trained_layer(3, 3, device)
+    x = normal(4, 3, 64, device=device).requires_grad_()
+    with brn.recompute_activations():
+        y = layer(x)
+        address = y.untyped_storage()._cdata
+        loss = y.mean()  # keeps the layer's node, not y
+        del y
+        others = [torch.zeros(1, device=device) for _ in range(1000)]
+        assert address in recompute._outputs
+        assert all(other.untyped_storage()._cdata != address for other in others)
+    loss.backward()
+
+
 # Other ways to run a backward
 
 
