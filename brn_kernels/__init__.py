@@ -3,6 +3,7 @@
 from .backends import available_backends, use_backend
 from .convert import convert_batchnorm, convert_sync, revert_to_batchnorm
 from .functional import batch_renorm
+from .fuse import FusionReport, FusionRow, fuse, fusion_report, unfuse
 from .modules import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .population import update_stats
 from .recompute import recompute_activations
@@ -16,12 +17,17 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "ClipSchedule",
+    "FusionReport",
+    "FusionRow",
     "available_backends",
     "batch_renorm",
     "convert_batchnorm",
     "convert_sync",
     "recompute_activations",
+    "fuse",
+    "fusion_report",
     "revert_to_batchnorm",
+    "unfuse",
     "update_stats",
     "use_backend",
 ]

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import distributed
 from .backends import reference
+from .fused_call import activation_name, is_untouched
+from .fused_class import restore_classes
 from .modules import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, as_one_node, is_one_node
 from .schedule import ClipSchedule
 
 _Model = TypeVar("_Model", bound=nn.Module)
+FUSED_BATCHNORM = "is_fused_batchnorm"  # set on a layer that ``brn_kernels.fuse`` made of a BatchNorm
+FUSES_ACTIVATION = "fuses_activation"  # set on a layer with an ``act`` of its own that ``brn_kernels.fuse`` fused
 
 
 def convert_batchnorm(model: _Model, *, schedule: ClipSchedule | None = None, momentum: float | None = 0.01) -> _Model:
@@ -52,22 +57,33 @@ def convert_batchnorm(model: _Model, *, schedule: ClipSchedule | None = None, mo
             return None
         if isinstance(layer, LazyModuleMixin):
             raise ValueError(f"{type(layer).__name__} has no shape yet: run a batch through the model, then convert it")
-        new_type = _renorm_type(layer)
+        new_type = renorm_type(layer)
         if new_type is None or "forward" in vars(layer):
-            warnings.warn(f"{type(layer).__name__} left as it is: not a BatchNorm known to behave alike", stacklevel=3)
+            warnings.warn(f"{type(layer).__name__} left as it is: not a BatchNorm known to behave alike", stacklevel=4)
             return None
-        new = new_type(layer.num_features, layer.eps, momentum, schedule=schedule, device="meta")
-        if isinstance(layer, nn.SyncBatchNorm):
-            new.process_group = distributed.name_of(layer.process_group) or distributed.DEFAULT_GROUP
-        _move(layer, new, leave=("momentum", "process_group"))
-        running_mean, clipped = new.running_mean, None
-        if running_mean is not None:
-            clipped = torch.zeros(new.num_features, dtype=torch.bool, device=running_mean.device)
-        new.register_buffer("clipped", clipped, persistent=False)
-        new._widen_statistics()
-        return new
+        return renorm_of(layer, new_type, schedule, momentum)
 
-    return _replace(model, converted)
+    model = replace_layers(model, converted)
+    for layer in model.modules():
+        if isinstance(layer, BatchRenorm) and layer.__dict__.pop(FUSED_BATCHNORM, False):
+            layer.schedule, layer.momentum = schedule, momentum
+    return model
+
+
+def renorm_of(
+    layer: _BatchNorm, new_type: type[BatchRenorm], schedule: ClipSchedule, momentum: float | None
+) -> BatchRenorm:
+    """A Batch Renormalization layer with all that the BatchNorm ``layer`` carries."""
+    new = new_type(layer.num_features, layer.eps, momentum, schedule=schedule, device="meta")
+    if isinstance(layer, nn.SyncBatchNorm):
+        new.process_group = distributed.name_of(layer.process_group) or distributed.DEFAULT_GROUP
+    _move(layer, new, leave=("momentum", "process_group"))
+    running_mean, clipped = new.running_mean, None
+    if running_mean is not None:
+        clipped = torch.zeros(new.num_features, dtype=torch.bool, device=running_mean.device)
+    new.register_buffer("clipped", clipped, persistent=False)
+    new._widen_statistics()
+    return new
 
 
 def revert_to_batchnorm(model: _Model) -> _Model:
@@ -94,19 +110,28 @@ def revert_to_batchnorm(model: _Model) -> _Model:
     def reverted(layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, BatchRenorm):
             return None
-        new_type = _batchnorm_type(layer)
-        if new_type is None or "forward" in vars(layer):
-            warnings.warn(f"{type(layer).__name__} left as it is: not a layer of brn_kernels", stacklevel=3)
-            return None
-        new = new_type(layer.num_features, device="meta")
-        if isinstance(new, nn.SyncBatchNorm):
-            new.process_group = distributed.group_of(layer.process_group)
-        leave = ("schedule", "clipped", "process_group")
-        _move(layer, new, leave=leave if layer.activation else (*leave, "activation"))
-        _narrow_statistics(new)
+        new = None if "forward" in vars(layer) else batchnorm_of(layer)
+        if new is None:
+            warnings.warn(f"{type(layer).__name__} left as it is: not a layer of brn_kernels", stacklevel=4)
         return new
 
-    return _replace(model, reverted)
+    model = replace_layers(model, reverted)
+    restore_classes(model)
+    return model
+
+
+def batchnorm_of(layer: BatchRenorm) -> _BatchNorm | None:
+    """A BatchNorm layer with all that the Batch Renormalization ``layer`` carries; None for a subclass unknown here."""
+    new_type = _batchnorm_type(layer)
+    if new_type is None:
+        return None
+    new = new_type(layer.num_features, device="meta")
+    if isinstance(new, nn.SyncBatchNorm):
+        new.process_group = distributed.group_of(layer.process_group)
+    leave = ("schedule", "clipped", "process_group", FUSED_BATCHNORM, FUSES_ACTIVATION)
+    _move(layer, new, leave=leave if layer.activation else (*leave, "activation"))
+    _narrow_statistics(new)
+    return new
 
 
 def convert_sync(model: _Model, process_group: Any = None) -> _Model:
@@ -138,12 +163,38 @@ class _DropAndAct:
 
     drop: nn.Module
     act: nn.Module
+    activation: str | None
+    fuses_activation = False
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        activation: str | None = None,
+    ) -> Tensor:
         if is_one_node(self, x):
-            return as_one_node(self, x, residual=residual, mask=mask)
-        y = super().forward(x, residual, mask)  # type: ignore[misc]
+            return as_one_node(self, x, residual=residual, mask=mask, activation=activation)
+        if self.fuses_activation and activation is None and (name := self.fusible_activation()) is not None:
+            return super().forward(x, residual, mask, activation=name)  # type: ignore[misc]
+        y = super().forward(x, residual, mask, activation=activation)  # type: ignore[misc]
         return self.act(self.drop(y))
+
+    def fusible_activation(self) -> str | None:
+        """The activation that can be computed with the normalization, if there is one."""
+        return None if self.activation is not None else fusible_activation(self)
+
+    def ends_with_normalization(self) -> bool:
+        return self.activation is None and all(
+            type(each) is nn.Identity and is_untouched(each) for each in (self.drop, self.act)
+        )
+
+
+def fusible_activation(layer: Any) -> str | None:
+    """The activation of a layer with ``drop`` and ``act`` that can be computed with the normalization, or None."""
+    plain = type(layer.drop) is nn.Identity and is_untouched(layer.drop) and is_untouched(layer.act)
+    return activation_name(layer.act) if plain and not _has_any_global_hook() else None
 
 
 class BatchRenormAct2d(_DropAndAct, BatchRenorm2d):
@@ -208,7 +259,8 @@ _BATCHNORM_OF: dict[type[nn.Module], tuple[type[_BatchNorm], type[_BatchNorm]]] 
 _TIMM_NAME_OF = {renorm: name for name, renorm in _RENORM_OF_TIMM.items()}
 
 
-def _renorm_type(layer: _BatchNorm) -> type[BatchRenorm] | None:
+def renorm_type(layer: _BatchNorm) -> type[BatchRenorm] | None:
+    """What a BatchNorm layer is converted to; None for a subclass unknown here."""
     layer_type = type(layer)
     if layer_type.__module__.startswith("timm."):
         return _RENORM_OF_TIMM.get(layer_type.__name__)
@@ -224,7 +276,7 @@ def _batchnorm_type(layer: BatchRenorm) -> type[_BatchNorm] | None:
     return plain if layer.activation is None else activating
 
 
-def _replace(model: _Model, replacement: Callable[[nn.Module], nn.Module | None]) -> _Model:
+def replace_layers(model: _Model, replacement: Callable[[nn.Module], nn.Module | None]) -> _Model:
     """Put ``replacement(layer)`` for each layer where that is not None: all are made before any is put in place."""
     new = {layer: made for layer in model.modules() if (made := replacement(layer)) is not None}
     for wrapper in model.modules():

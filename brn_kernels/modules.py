@@ -86,13 +86,21 @@ class BatchRenorm(_NormBase):
         self.register_buffer("clipped", clipped, persistent=False)
         self._widen_statistics()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        activation: str | None = None,
+    ) -> Tensor:
         """Normalize ``x``; in training also update the running statistics.
 
         Args:
             x: input of the layer's rank, (N, C, *spatial).
             residual: added before the activation; x's shape and dtype.
             mask: bool, (N, *spatial) or (N, 1, *spatial), True where a value counts; the output is 0 elsewhere.
+            activation: for this call, instead of the layer's own (``brn_kernels.fuse`` gives it the one that follows).
 
         Returns:
             x's shape, dtype and memory format.
@@ -102,7 +110,11 @@ class BatchRenorm(_NormBase):
                 nothing has been updated then.
         """
         if type(x) is not Tensor and type(self).forward is BatchRenorm.forward and is_one_node(self, x):
-            return as_one_node(self, x, residual=residual, mask=mask)
+            return as_one_node(self, x, residual=residual, mask=mask, activation=activation)
+        if activation is None:
+            activation = self.activation
+        else:
+            check_activation(activation)
         self._check_input_dim(x)
         training = self.training or (self.running_mean is None and self.running_var is None)
         tracked = self.track_running_stats or not training
@@ -112,7 +124,7 @@ class BatchRenorm(_NormBase):
             self.running_var if tracked else None,
             self.num_batches_tracked if tracked else None,
             self.clipped if tracked else None,
-            None, self.schedule.numbers, self.momentum, self.eps, self.activation, training, self.process_group,
+            None, self.schedule.numbers, self.momentum, self.eps, activation, training, self.process_group,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:
@@ -129,6 +141,10 @@ class BatchRenorm(_NormBase):
         clipped = self._buffers.get("clipped")  # not there yet while the base class is being constructed
         if clipped is not None:
             clipped.zero_()
+
+    def ends_with_normalization(self) -> bool:
+        """Whether nothing follows the normalization, so that a residual and an activation can."""
+        return self.activation is None and type(self).forward is BatchRenorm.forward
 
     def extra_repr(self) -> str:
         """The constructor's arguments, for ``print(model)``."""
