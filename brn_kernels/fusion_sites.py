@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 
 import torch
@@ -203,6 +204,8 @@ class Sites:
             site.passed = [str(node.target) for node in passed]
             return True
         inputs = site.call.all_input_nodes
+        if any(node.op != "call_module" for node in inputs) or any(_may_write(owner, node) for node in passed):
+            return False  # what is passed may write into the norm's input
         return not any(
             set(node.all_input_nodes) & set(inputs) or owner.called(node) in (site.norm, *_modules_of(owner, inputs))
             for node in passed
@@ -228,7 +231,7 @@ def _why_not_with(owner: Owner, call: Node, user: Node) -> str:
         if what in ("StochasticDepth", "DropPath"):
             what += ", which drops"
         return f"followed by {what}"
-    if addition_of(user) is not None:
+    if addition_of(user) is not None and other_operand(user, call) is not None:
         return "added to the result of another norm, which is fused"
     return f"followed by {getattr(user.target, '__name__', user.target)}"
 
@@ -252,6 +255,15 @@ def _compiled_parts(module: nn.Module) -> list[nn.Module]:
     if module._compiled_call_impl is not None or isinstance(module, torch.jit.ScriptModule):
         return list(module.modules())
     return [] if compiled is None else [module, *compiled.modules()]
+
+
+def _may_write(owner: Owner, node: Node) -> bool:
+    module = owner.called(node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    name = getattr(node.target, "__name__", str(node.target))
+    in_place = name.startswith("i") and hasattr(operator, name) and name not in ("index", "inv", "invert")
+    return in_place or name.endswith("_") or name == "setitem" or bool(node.kwargs.get("inplace"))
 
 
 def _modules_of(owner: Owner, nodes: list[Node]) -> list[nn.Module]:

@@ -122,4 +122,8 @@ def _bound_by(statement: str) -> str:
 
 
 def _is_of_a_default(condition: str, traced: Trace) -> bool:
-    return any(condition.startswith(f"{p.name} ") for p in traced.parameters if p.name not in traced.required)
+    return any(
+        condition.startswith((f"{p.name} ", f"type({p.name}) "))
+        for p in traced.parameters
+        if p.name not in traced.required
+    )

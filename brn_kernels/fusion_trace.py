@@ -10,6 +10,7 @@ import contextlib
 import copy
 import inspect
 import math
+import operator
 import random
 import sys
 import types
@@ -67,6 +68,32 @@ class _TensorProxy(Proxy):
     @__class__.setter
     def __class__(self, _: type) -> None:
         raise TypeError("the class of a proxy is fixed")
+
+
+def _recorded_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(self: Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "matmul",
+):
+    # torch.fx would take x += y for x = x + y
+    setattr(_TensorProxy, f"__i{_name}__", _recorded_in_place(getattr(operator, f"i{_name}")))
 
 
 class _OneLevel(Tracer):
@@ -148,6 +175,9 @@ class _OneLevel(Tracer):
                 self._seen.setdefault((module, name), (None, tuple(module.__dict__["_modules"])))
             if not self._is_watching or name in _NOT_WATCHED or name.startswith("__"):
                 return inherited(module, name)
+            if name == "training":  # of the two modes, the one that costs most; the condition sends away the other
+                self._seen.setdefault((module, name), (True, True))
+                return True
             try:
                 value = inherited(module, name)
             except AttributeError:
@@ -243,7 +273,9 @@ def _is_literal(value: Any) -> bool:
 
 
 def _equals(expression: str, value: Any) -> str:
-    return f"{expression} {'is' if value is None or isinstance(value, bool) else '=='} {value!r}"
+    if value is None or isinstance(value, bool):
+        return f"{expression} is {value}"
+    return f"type({expression}) is {type(value).__name__} and {expression} == {value!r}"  # == of a tensor is a tensor
 
 
 def _import_of(value: Any, alias: str) -> str | None:

@@ -5,7 +5,6 @@ Neutral ground of all backends, so that one may run the backward of another's fo
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ class Layout(NamedTuple):
 
 def layout_of(x: Tensor) -> Layout:
     """The layout x is computed in: channels_last where its memory is, contiguous otherwise."""
-    n, channels, positions = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    n, channels, positions = x.shape[0], x.shape[1], x.shape[2:].numel()
     if positions == 1 or (channels > 1 and x.stride(1) == 1 and _row_stride(x) is not None):
         return Layout(True, n * positions, channels, channels)
     return Layout(False, n, channels, positions)
@@ -59,7 +58,7 @@ def kept_in(x: Tensor, channels_last: bool) -> Tensor:
     shape = layout_of(x)
     if shape.channels_last == channels_last:
         return x
-    positions = math.prod(x.shape[2:])
+    positions = x.shape[2:].numel()
     return empty_in(Layout(channels_last, x.shape[0], x.shape[1], positions), x).copy_(x)
 
 
