@@ -227,7 +227,7 @@ def _why_not_with(owner: Owner, call: Node, user: Node) -> str:
     """Why a norm is not fused with what uses its result."""
     module = owner.called(user)
     if module is not None:
-        what = type(module).__name__
+        what = original_class(module).__name__
         if what in ("StochasticDepth", "DropPath"):
             what += ", which drops"
         return f"followed by {what}"
