@@ -235,6 +235,25 @@ def mismatch():
     fails(lambda: layer(torch.randn(4, 3)))
 
 
+def fused():
+    """A fused network under DDP: per process and synchronized, the gradients and statistics of the one not fused."""
+    for sync in (False, True):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), nn.ReLU())
+        plain = brn.convert_batchnorm(block, schedule=LIMITS).double()
+        plain = brn.convert_sync(plain) if sync else plain
+        x = normal(4, 3, 5, 5, seed=dist.get_rank())
+        results = []
+        for model in (plain, brn.fuse(copy.deepcopy(plain))):
+            network = DistributedDataParallel(model)
+            for _ in range(2):
+                network(x).square().sum().backward()
+            results.append([*(p.grad for p in model.parameters()), *model.state_dict().values()])
+        assert len(brn.fusion_report(model).fused) == 1
+        for ours, theirs in zip(*reversed(results), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 def fails(call):
     start = datetime.datetime.now()
     try:

@@ -183,6 +183,19 @@ def test_adding_into_the_result_of_another_norm():
     check(module_of(forward, a=norm(), b=norm()), {"norm + add + act": 1})
 
 
+def test_adding_into_another_dtype_keeps_that():
+    def forward(self, x):
+        y = self.a(x.float())
+        y += self.b(x)
+        return F.relu(y)
+
+    model = module_of(forward, a=norm(), b=norm().double())
+    plain, fused = copy.deepcopy(model), brn.fuse(copy.deepcopy(model))
+    assert brn.fusion_report(fused).counts() == {"norm + add + act": 1}
+    assert fused(images()).dtype == plain(images()).dtype == torch.float32
+    torch.testing.assert_close(fused(images()), plain(images()))
+
+
 class Branch(nn.Module):
     def __init__(self):
         super().__init__()
@@ -324,8 +337,14 @@ def test_an_argument_that_is_not_the_default():
     assert torch.equal(plain(x, skip=False), fused(x, skip=False))
 
 
-def test_a_child_that_was_none():
-    plain, fused = fused_block()
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_child_that_was_none(registered):
+    block = Block()
+    if registered:
+        del block.shortcut
+        block.register_module("shortcut", None)
+    plain, fused = pair(block)
+    assert calls(copy.deepcopy(fused)) == 2
     for each in (plain, fused):
         torch.manual_seed(2)
         del each.shortcut
@@ -373,6 +392,7 @@ def test_another_activation(other):
     for each in (plain, fused):
         each.act = other
     assert_same(plain, fused)
+    assert calls(fused) == isinstance(other, nn.SiLU)  # of the two sites the one without a residual
 
 
 def test_a_residual_that_broadcasts_or_has_another_dtype():
@@ -493,6 +513,11 @@ def recomputes(self, x):
     return checkpoint(lambda x: F.relu(self.norm(x)), x, use_reentrant=False)
 
 
+def moves_what_it_saves(self, x):
+    with torch.autograd.graph.save_on_cpu():
+        return F.relu(self.norm(x))
+
+
 def under_autocast(self, x):
     with torch.autocast("cpu"):
         return F.relu(self.norm(x))
@@ -521,6 +546,7 @@ def raises(self, x):
 REFUSED = {
     sets_itself: "its forward sets 'last'", appends: "its forward changes a list", draws_torchs: "calls rand",
     draws_pythons: "random numbers of Python", without_gradient: "asks for grad", recomputes: "",
+    moves_what_it_saves: "hooks on saved tensors",
     under_autocast: "", asks_the_shape: "symbolically traced", asks_for_grad_mode: "asks for grad",
     takes_anything: "takes *x", reads_an_object: "reads 'config'", raises: "not today",
 }  # fmt: skip

@@ -170,6 +170,34 @@ def test_u_net(dimensions):
                 torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
+def test_timms_norm_with_an_activation_of_its_own(timm):
+    """It is a site by itself, as long as nothing watches or replaces its activation."""
+    kind = timm.layers.BatchNormAct2d
+    model = nn.Sequential(
+        kind(3, act_layer=nn.SiLU), kind(3, drop_layer=nn.Dropout), kind(3, act_layer=nn.GELU)
+    ).double()
+    plain, fused = copy.deepcopy(model), brn.fuse(copy.deepcopy(model))
+    report = brn.fusion_report(fused)
+    assert [row.norm for row in report.fused] == ["0"] and fused[0].fusible_activation() == "silu"
+    assert [row.reason for row in report.left] == ["followed by its own Dropout", "followed by its own GELU"]
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+    def check_again():
+        for ours, theirs in zip(results(copy.deepcopy(fused), x), results(copy.deepcopy(plain), x), strict=True):
+            for name, value in theirs.items():
+                torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+    check_again()
+    for each in (plain, fused):
+        each[0].act = nn.Tanh()
+    check_again()
+    for each in (plain, fused):
+        each[0].act = nn.ReLU()
+        each[0].act.register_forward_hook(lambda module, arguments, y: y * 2)
+    check_again()
+    assert [type(m) for m in brn.unfuse(fused)] == [kind] * 3 and "fuses_activation" not in vars(fused[0])
+
+
 def test_densenet_that_recomputes_is_left(torchvision):
     """Its layers run again in the backward, by a call that a fused forward would lose."""
     model = torchvision.models.DenseNet(8, (2, 2), 8, num_classes=5, memory_efficient=True)
