@@ -395,6 +395,29 @@ def test_another_activation(other):
     assert calls(fused) == isinstance(other, nn.SiLU)  # of the two sites the one without a residual
 
 
+def test_what_returned_its_input_and_then_does_not():
+    """An identity between norm and sum, and one that the branch's call is moved past."""
+
+    def forward(self, x):
+        y = self.branch(x)
+        return F.relu(self.drop(y) + self.shortcut(x))
+
+    branch = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(4, 4, 1), norm())
+    model = module_of(forward, branch=branch, drop=nn.Identity(), shortcut=nn.Identity())
+    plain, fused = pair(model)
+    assert calls(copy.deepcopy(fused)) == 1
+    assert_same(plain, fused)
+    for name in ("drop", "shortcut"):
+        ours, theirs = copy.deepcopy(fused), copy.deepcopy(plain)
+        for each in (ours, theirs):
+            setattr(each, name, nn.Dropout(0.5))  # the random numbers must come in the same order too
+        assert_same(theirs, ours)
+        assert calls(ours) == 0
+    for each in (plain, fused):
+        each.drop.register_forward_hook(lambda module, arguments, y: y * 2)
+    assert_same(plain, fused)
+
+
 def test_a_residual_that_broadcasts_or_has_another_dtype():
     def forward(self, x):
         return F.relu(self.norm(self.conv(x)) + self.pool(x))
