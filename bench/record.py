@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 MEASURED = (
     "job", "rows", "part", "net", "batch", "channels", "size", "follows", "count", "mb", "dtype", "layout", "state",
     "direction", "mode", "candidate", "p20_us", "p50_us", "p80_us", "ratio", "gb_per_s", "percent_of_copy",
-    "images_per_s", "peak_mb", "error",
+    "images_per_s", "peak_mb", "kept_mb", "error",
 )  # fmt: skip
 ABOUT = ("level", "device_type", "device", "driver", "backend", "torch", "triton", "python", "commit", "dirty", "date")
 

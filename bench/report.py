@@ -16,7 +16,7 @@ from .record import ABOUT, MEASURED
 FORMAT = ["dtype", "layout"]
 NUMBERS = [
     "batch", "channels", "count", "mb", "p20_us", "p50_us", "p80_us", "ratio", "gb_per_s", "percent_of_copy",
-    "images_per_s", "peak_mb",
+    "images_per_s", "peak_mb", "kept_mb",
 ]  # fmt: skip
 TEXTS = [name for name in (*MEASURED, *ABOUT) if name not in NUMBERS]
 CASE = ["part", "net", "batch", "channels", "size", "follows", *FORMAT, "state", "direction", "mode"]
@@ -132,13 +132,14 @@ def networks(rows: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     chosen["format"] = chosen.dtype + " " + chosen.layout
     chosen["peak, GB"] = chosen.peak_mb / 1e3
+    chosen["kept, GB"] = chosen.kept_mb / 1e3
     chosen["ms a step"] = chosen.p50_us / 1e3
     chosen["images/s"] = chosen.images_per_s
     base = chosen[chosen.candidate == "BatchNorm"].set_index(["net", "size", "batch", "format", "mode"]).images_per_s
     index = pd.MultiIndex.from_frame(chosen[["net", "size", "batch", "format", "mode"]])
     chosen["x BatchNorm"] = chosen.images_per_s.to_numpy() / base.reindex(index).to_numpy()
     return chosen.set_index(["net", "batch", "size", "format", "mode", "candidate"])[
-        ["images/s", "x BatchNorm", "ms a step", "peak, GB"]
+        ["images/s", "x BatchNorm", "ms a step", "peak, GB", "kept, GB"]
     ]
 
 

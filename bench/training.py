@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from .cases import DTYPES
 from .layers import described
 from .networks import NETWORKS
 from .peers import OURS
+from .saved_bytes import SavedBytes
 from .timing import captured, peak_bytes, time_together
 
 BATCHNORM = "BatchNorm"
@@ -66,7 +68,7 @@ def measure(case: Training, device: torch.device, *, seconds: float) -> list[dic
     torch._dynamo.reset()
     for name, (change, around) in variants().items():
         try:
-            step = training_step(case, device, change, around)
+            step = TrainingStep(case, device, change, around)
             loss = step().item()
             first = loss if first is None else first
             if not abs(loss - first) <= 0.1 * abs(first):  # the same weights and batch, nearly the same statistics
@@ -75,6 +77,7 @@ def measure(case: Training, device: torch.device, *, seconds: float) -> list[dic
         except Exception as error:
             rows.append(_row(case, name, error=described(error)))
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+    kept = {} if case.mode == "compiled" else {name: call.kept_bytes() for name, call in calls.items()}
     times = {}
     if case.mode != "graph":
         times = time_together(calls, device, seconds * len(calls)) if calls else {}
@@ -89,39 +92,65 @@ def measure(case: Training, device: torch.device, *, seconds: float) -> list[dic
     for name, time in times.items():
         row = _row(case, name) | {"p20_us": time.p20, "p50_us": time.p50, "p80_us": time.p80}
         row |= {"images_per_s": 1e6 * case.shape[0] / time.p50, "peak_mb": peaks[name] / 1e6}
+        if name in kept:
+            row["kept_mb"] = kept[name] / 1e6
         if OURS in times:
             row["ratio"] = time.p50 / times[OURS].p50
         rows.append(row)
     return rows
 
 
-def training_step(
-    case: Training, device: torch.device, change: Callable[[nn.Module], nn.Module], around: Callable[[], Any]
-) -> Callable[[], Tensor]:
-    """One step of SGD on one batch of noise, as a call that returns the loss."""
-    torch.manual_seed(0)
-    last = {2: torch.channels_last, 3: torch.channels_last_3d}[len(case.shape) - 2]
-    memory_format = last if case.layout == "channels_last" else torch.contiguous_format
-    model = change(NETWORKS[case.net].build()).to(device).to(memory_format=memory_format)
-    x = torch.randn(case.shape, device=device).contiguous(memory_format=memory_format)
-    half = case.dtype != "float32"
-    autocast = torch.autocast(device.type, DTYPES[case.dtype]) if half else contextlib.nullcontext()
-    brn.update_stats(model, [x])  # near the data's, so that nothing clips
-    with torch.no_grad(), autocast:
-        shape = model(x[:2]).shape
-    target = torch.randint(0, shape[1], (case.shape[0], *shape[2:]), device=device)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    forward = torch.compile(model, dynamic=False) if case.mode == "compiled" else model
+class TrainingStep:
+    """One step of SGD on one batch of noise, as a call that returns the loss.
 
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with around(), autocast:
-            loss = F.cross_entropy(forward(x), target)
+    Args:
+        case: what is trained, and how.
+        device: where.
+        change: makes the candidate of the network.
+        around: makes the context of its forward.
+    """
+
+    def __init__(
+        self,
+        case: Training,
+        device: torch.device,
+        change: Callable[[nn.Module], nn.Module],
+        around: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        torch.manual_seed(0)
+        last = {2: torch.channels_last, 3: torch.channels_last_3d}[len(case.shape) - 2]
+        memory_format = last if case.layout == "channels_last" else torch.contiguous_format
+        self.model = change(NETWORKS[case.net].build()).to(device).to(memory_format=memory_format)
+        self.x = torch.randn(case.shape, device=device).contiguous(memory_format=memory_format)
+        half = case.dtype != "float32"
+        self.autocast = torch.autocast(device.type, DTYPES[case.dtype]) if half else contextlib.nullcontext()
+        self.around = around
+        brn.update_stats(self.model, [self.x])  # at the data's, so that nothing clips
+        with torch.no_grad(), self.autocast:
+            shape = self.model(self.x[:2]).shape
+        self.target = torch.randint(0, shape[1], (case.shape[0], *shape[2:]), device=device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
+        self.forward = torch.compile(self.model, dynamic=False) if case.mode == "compiled" else self.model
+
+    def loss(self) -> Tensor:
+        """The forward."""
+        with self.around(), self.autocast:
+            return F.cross_entropy(self.forward(self.x), self.target)
+
+    def __call__(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss()
         loss.backward()
-        optimizer.step()
+        self.optimizer.step()
         return loss.detach()
 
-    return step
+    def kept_bytes(self) -> int:
+        """What the forward keeps for the backward, parameters and buffers left out."""
+        with SavedBytes(self.model) as kept:
+            loss = self.loss()
+        kept_now = kept.bytes
+        del loss
+        return kept_now
 
 
 def _row(case: Training, candidate: str, error: str = "") -> dict[str, Any]:

@@ -48,6 +48,8 @@ def test_training_equals_one_process(check):
 
 def test_outputs_are_computed_again(backend):
     passes("recomputing", backend, 2)
+
+
 def test_a_fused_network_trains_as_before():
     passes("fused", "reference", 2)
 

@@ -11,12 +11,12 @@ from fused_networks import NETWORKS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import ACTIVATIONS
-from saved_bytes import SavedBytes
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import brn_kernels as brn
+from bench.saved_bytes import SavedBytes
 from brn_kernels import checkpointing, recompute
 
 LAYERS = {2: brn.BatchRenorm1d, 3: brn.BatchRenorm1d, 4: brn.BatchRenorm2d, 5: brn.BatchRenorm3d}

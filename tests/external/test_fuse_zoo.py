@@ -3,6 +3,7 @@
 The numbers are counted by hand from the architectures; each comment says how.
 """
 
+import contextlib
 import copy
 import time
 
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 import brn_kernels as brn
+from bench import networks
+from bench.saved_bytes import SavedBytes
 
 OPEN = brn.ClipSchedule.constant(3, 5)
 
@@ -216,3 +219,26 @@ def test_fusing_a_large_model_takes_seconds_at_most(torchvision):
     brn.fuse(model)
     assert time.perf_counter() - start < 10  # 0.4 s on one core of 2026
     assert brn.fusion_report(model).counts() == counts(1 + 2 * 50, 50)
+
+
+def kept_bytes(model, x, recomputing=False):
+    around = brn.recompute_activations() if recomputing else contextlib.nullcontext()
+    with SavedBytes(model) as kept, around:
+        y = model(x)
+    size = kept.bytes
+    del y
+    return size
+
+
+@pytest.mark.parametrize("fused_from", ["BatchNorm", "Batch Renorm"])
+@pytest.mark.parametrize(
+    "name, at_most", [("resnet50", 0.85), ("resnet18", 0.77), ("efficientnet_b0", 0.6), ("U-Net", 0.6)]
+)
+def test_a_fused_model_that_recomputes_keeps_less(torchvision, name, at_most, fused_from):
+    model = networks.UNet(2, 3, 16, 4) if name == "U-Net" else getattr(torchvision.models, name)()
+    x = torch.randn(2, 3, 64, 64)
+    before = kept_bytes(model, x)
+    if fused_from == "Batch Renorm":
+        brn.convert_batchnorm(model, schedule=OPEN)
+    brn.fuse(model)
+    assert kept_bytes(model, x, recomputing=True) <= at_most * before
