@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import layers, training
-from .cases import ALL_FORMATS, DIRECTIONS, LAYOUTS, Plan
+from .cases import ALL_FORMATS, DIRECTIONS, HOST, LAYOUTS, Plan
 from .networks import NETWORKS
 from .record import RESULTS, Recorder, machine
 from .training import MODES, Training, trainings
@@ -50,10 +50,11 @@ def levels(device_type: str) -> dict[str, Level]:
         small = {"sample": (3, 64, 64), "batch": 4}
         full = Level(
             Plan(layers=8, other_layers=4, divisor=16,
-                 formats=tuple(itertools.product(("float32", "bfloat16"), LAYOUTS)), state_layers=2, largest=2**28),
+                 formats=tuple(itertools.product(("float32", "bfloat16"), LAYOUTS)), state_layers=1, peer_layers=3,
+                 largest=2**28),
             trainings(NETS_TRAINED, (fp32,), ("eager",), **small)
             + trainings(NETS_TRAINED[:1], (fp32,), ("compiled",), **small),
-            seconds=0.1, minutes=25,
+            seconds=0.06, minutes=25,
         )  # fmt: skip
         quick = Level(
             Plan(("ResNet-50",), layers=4, divisor=32, states=("closed", "clip 10"), state_layers=1, peer_layers=2,
@@ -87,28 +88,20 @@ class Job:
 
     name: str
     measure: Callable[[], list[dict[str, Any]]]
-    unreached: dict[str, Any] = field(default_factory=dict)
 
 
 def jobs(level: Level, device: torch.device) -> list[Job]:
-    """Whole networks that need no compiler first: they are what a user feels."""
-    of_layers = [
-        Job(str(case), functools.partial(
-            layers.measure, case, device, directions=level.directions, seconds=level.seconds,
-            compile_peers=level.compile_peers,
-        )) for case in level.plan.cases()
-    ]  # fmt: skip
-    of_networks = [
-        Job(str(case), functools.partial(training.measure, case, device, seconds=10 * level.seconds))
-        for case in level.trained
-    ]
-    quick = [job for job, case in zip(of_networks, level.trained, strict=True) if case.mode != "compiled"]
-    return (
-        of_layers[: len(of_layers) // 4]
-        + quick
-        + of_layers[len(of_layers) // 4 :]
-        + [job for job in of_networks if job not in quick]
-    )
+    """The first network's layers, whole networks that need no compiler, all else, what must be compiled last."""
+    keywords = {"directions": level.directions, "seconds": level.seconds, "compile_peers": level.compile_peers}
+    first, other = [], []
+    for case in level.plan.cases():
+        found = first if case.layer.net in (HOST, level.plan.nets[0]) and case.state == "open" else other
+        found.append(Job(str(case), functools.partial(layers.measure, case, device, **keywords)))
+    quick, compiled = [], []
+    for case in level.trained:
+        found = compiled if case.mode == "compiled" else quick
+        found.append(Job(str(case), functools.partial(training.measure, case, device, seconds=10 * level.seconds)))
+    return [*first, *quick, *other, *compiled]
 
 
 def default_path(about: dict[str, str]) -> Path:
