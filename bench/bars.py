@@ -9,10 +9,9 @@ import pandas as pd
 
 from . import report
 from .layers import COPY, geometric_mean
-from .peers import OURS
+from .peers import EAGER, OURS
 
 BF16, FP32 = ("bfloat16", "channels_last"), ("float32", "contiguous")
-EAGER = "BatchNorm ("  # and whose kernels it took
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import pandas as pd
 
 from . import plot, report
 from .bars import judge
+from .peers import EAGER
 from .record import RESULTS
 
 ROOT = Path(__file__).parents[1]
 PAGE, README, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "README.md", ROOT / "docs" / "figures"
 BEGIN, END = "<!-- benchmarks: written by `make docs-bench` -->", "<!-- end of benchmarks -->"
-PEERS_IN_README = ("BatchNorm (ATen)", "BatchNorm (cuDNN)", "BatchNorm, compiled", "BRN in PyTorch, compiled")
 NOT_ON_GPU = "**No run on a GPU is recorded yet: no GPU speed is claimed.**"
 
 METHOD = """# Benchmarks
@@ -28,11 +28,11 @@ interpreter too); the median counts, p20 and p80 are in the CSV. On a GPU CUDA e
 graphs where the host takes longer than the kernels. A ratio is time of a peer / our time: above 1 ours is faster.
 Means are geometric, each layer as often as its network has it. The speed of a copy is that of `clone()` of the same
 bytes in the same turns; every tensor counts once (forward: read x, write y; backward: read x and dy, write dx), so a
-backward beyond the caches, which must read x and dy twice, cannot exceed 60 %. Running statistics are at the data's
-and do not move (momentum 0), so that the share of clipped channels is what the table says; clipped channels are spread
-evenly. "Open": the limits are open and nothing is clipped; "closed": the phase of the schedule that is BatchNorm.
-"Both" is a forward and a backward through autograd. "Kept" is what a forward keeps for its backward, counted by
-saved-tensor hooks, parameters left out.
+backward beyond the caches, which must read x and dy twice, cannot exceed 60 %. The states of the limits are compared
+with open ones in the same turns. Running statistics are at the data's and do not move (momentum 0), so that the share
+of clipped channels is what the table says; clipped channels are spread evenly. "Open": the limits are open and nothing
+is clipped; "closed": the phase of the schedule that is BatchNorm. "Both" is a forward and a backward through autograd.
+"Kept" is what a forward keeps for its backward, counted by saved-tensor hooks, parameters left out.
 
 **Peers.** `nn.BatchNorm*d` by the kernels that PyTorch chooses (named in brackets), with separate addition and
 activation; the same compiled; Batch Renormalization written in PyTorch (float32 inside), eager and compiled; the same
@@ -84,24 +84,26 @@ def readme_block(paths: list[Path]) -> str:
         rows = report.load(path)
         layers = report.timed_layers(rows)
         layers = layers[layers.direction == "both"]
-        table = report.means(layers, ["net", *report.FORMAT], PEERS_IN_README)
+        eager = [name for name in dict.fromkeys(layers.candidate) if name.startswith(EAGER)][:1]
+        table = report.means(layers, ["net", *report.FORMAT], eager)[eager[0]].unstack(report.FORMAT)
+        table.columns = [" ".join(names) for names in table.columns]
         parts.append(
-            f"{report.about(rows)}. Time of a peer / our time, forward and backward through autograd, geometric mean "
-            "over a network's layers with what follows them (addition, activation); above 1 ours is faster:"
+            f"{report.about(rows)}. Time of eager {eager[0]} / our time, forward and backward through autograd, "
+            "geometric mean over a network's layers with what follows them (addition, activation); above 1 ours is faster:"
         )
         parts.append(report.text(table, style="github"))
         networks = report.networks(rows)
         if len(networks):
-            parts += ["One training step of whole networks:", report.text(networks, style="github")]
+            table = networks["x BatchNorm"].unstack("candidate").drop(columns="BatchNorm")
+            parts += ["Training of whole networks, images/s against BatchNorm's:", report.text(table, style="github")]
         worst = report.losses(rows).head(1)
         if len(worst):
             case = worst.iloc[0]
-            size = f"{case.batch} x {case.channels}" + (
-                f" x {case['size'].replace('x', ' x ')}" if case["size"] else ""
-            )
+            size = " x ".join(map(str, [case.batch, case.channels, *case["size"].split("x")]))
+            where = f"{case.direction}, {size}, {case['dtype']} {case.layout}, against {case.candidate}"
             parts.append(
                 f"Over all layers, sizes and states of the limits, ours is {report.won(rows)}; the worst loss is "
-                f"{case.ratio:.2f} ({case.direction}, {size}, {case.dtype} {case.layout}, against {case.candidate})."
+                f"{case.ratio:.2f} ({where})."
             )
     if not any(_is_gpu(report.load(path)) for path in paths):
         parts.append(NOT_ON_GPU)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .cases import DTYPES, HOST, Case
-from .peers import OURS, Peer, candidates, clipped_channels
+from .peers import OPEN, OURS, Peer, candidates, clipped_channels
 from .timing import Times, captured, host_times, peak_bytes, time_together
 
 GRAPHED_BELOW = 2**22  # bytes of an input whose kernels take less time than their launches
@@ -122,8 +122,9 @@ def prepare(
     for name, make in made.items():
         try:
             model = make().to(device)
+            truth = Truth.of(case, tensors, model) if name == OPEN else truths[model.renorm]
             with model.around():
-                fault = truths[model.renorm].fault(tensors, model)
+                fault = truth.fault(tensors, model)
         except Exception as error:  # a peer's failure is a result about it, and no reason to lose the others'
             if name == OURS:
                 raise

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ import brn_kernels as brn
 from .cases import ALL_PEERS, Case, Layer
 
 OURS = "brn_kernels"
+OPEN = "brn_kernels, nothing clipped"  # beside it in another state
+EAGER = "BatchNorm ("  # PyTorch's, and whose kernels it took
 _ACTIVATE = {"relu": F.relu, "silu": F.silu, "hardswish": F.hardswish}
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _RENORMS = {1: brn.BatchRenorm1d, 2: brn.BatchRenorm2d, 3: brn.BatchRenorm3d}
@@ -216,12 +219,14 @@ def candidates(
     """What takes turns on a case, ours first, as functions that build it; and why others do not."""
     ours, cuda = Ours(case, x), x.device.type == "cuda"
     layer, taken = case.layer, kernels_of_batchnorm(x)
-    made: dict[str, Callable[[], Any]] = {OURS: lambda: ours, f"BatchNorm ({taken})": lambda: BatchNorm(layer)}
+    made: dict[str, Callable[[], Any]] = {OURS: lambda: ours, f"{EAGER}{taken})": lambda: BatchNorm(layer)}
     left: dict[str, str] = {}
+    if case.state != "open":
+        made[OPEN] = lambda: Ours(replace(case, state="open"), x)
     if case.peers != ALL_PEERS:
         return made, left
     if taken == "cuDNN":
-        made["BatchNorm (ATen)"] = lambda: BatchNormWithoutCudnn(layer)
+        made[f"{EAGER}ATen)"] = lambda: BatchNormWithoutCudnn(layer)
     if compile_peers:
         made["BatchNorm, compiled"] = lambda: compiled(BatchNorm(layer).to(x.device))
     made["BRN in PyTorch"] = lambda: TorchBatchRenorm(ours.norm, layer)

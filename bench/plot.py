@@ -112,7 +112,7 @@ def _networks(rows: pd.DataFrame) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for axis, column, title in (
         (axes[0], "x BatchNorm", "images/s, relative to BatchNorm"),
-        (axes[1], "kept, GB", "kept for the backward, GB"),
+        (axes[1], "kept, MB", "kept for the backward, MB"),
     ):
         wide = flat.pivot_table(column, "what", "candidate", sort=False)
         wide.plot.bar(

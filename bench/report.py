@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from .cases import CHANNELS, HOST, SIZES
 from .layers import COPY, geometric_mean
-from .peers import OURS
+from .peers import OPEN, OURS
 from .record import ABOUT, MEASURED
 
 FORMAT = ["dtype", "layout"]
@@ -108,15 +108,12 @@ def against_copy(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_state(rows: pd.DataFrame) -> pd.DataFrame:
-    """Our time in each state of the limits / with open limits and nothing clipped; over the layers that have them."""
-    chosen = rows[(rows.part == "layer") & (rows.candidate == OURS) & (rows["mode"] == "eager") & (rows.net != HOST)]
-    keys = ["net", "channels", "size", "follows", *FORMAT, "direction"]
-    table = chosen.pivot_table("p50_us", keys, "state", sort=False)
-    if "open" not in table or table.shape[1] < 2:
+    """Our time in each state of the limits / with open limits and nothing clipped, in the same turns: the median."""
+    chosen = rows[(rows.part == "layer") & (rows["mode"] == "eager") & (rows.candidate == OPEN) & rows.ratio.notna()]
+    if chosen.empty:
         return pd.DataFrame()
-    table = table.dropna().div(table.dropna()["open"], axis=0).drop(columns="open").reset_index()
-    states = [name for name in table.columns if name not in keys]
-    return table.groupby([*FORMAT, "direction"], sort=False)[states].median()
+    relative = chosen.assign(relative=1 / chosen.ratio)
+    return relative.pivot_table("relative", [*FORMAT, "direction"], "state", aggfunc="median", sort=False)
 
 
 def host(rows: pd.DataFrame) -> pd.DataFrame:
@@ -131,15 +128,14 @@ def networks(rows: pd.DataFrame) -> pd.DataFrame:
     if chosen.empty:
         return pd.DataFrame()
     chosen["format"] = chosen.dtype + " " + chosen.layout
-    chosen["peak, GB"] = chosen.peak_mb / 1e3
-    chosen["kept, GB"] = chosen.kept_mb / 1e3
     chosen["ms a step"] = chosen.p50_us / 1e3
+    chosen = chosen.rename(columns={"peak_mb": "peak, MB", "kept_mb": "kept, MB"})
     chosen["images/s"] = chosen.images_per_s
     base = chosen[chosen.candidate == "BatchNorm"].set_index(["net", "size", "batch", "format", "mode"]).images_per_s
     index = pd.MultiIndex.from_frame(chosen[["net", "size", "batch", "format", "mode"]])
     chosen["x BatchNorm"] = chosen.images_per_s.to_numpy() / base.reindex(index).to_numpy()
     return chosen.set_index(["net", "batch", "size", "format", "mode", "candidate"])[
-        ["images/s", "x BatchNorm", "ms a step", "peak, GB", "kept, GB"]
+        ["images/s", "x BatchNorm", "ms a step", "peak, MB", "kept, MB"]
     ]
 
 
