@@ -89,7 +89,8 @@ def readme_block(paths: list[Path]) -> str:
         table.columns = [" ".join(names) for names in table.columns]
         parts.append(
             f"{report.about(rows)}. Time of eager {eager[0]} / our time, forward and backward through autograd, "
-            "geometric mean over a network's layers with what follows them (addition, activation); above 1 ours is faster:"
+            "geometric mean over a network's layers with what follows them (addition, activation); above 1 ours is "
+            "faster:"
         )
         parts.append(report.text(table, style="github"))
         networks = report.networks(rows)
