@@ -99,7 +99,9 @@ def _peers(rows: pd.DataFrame) -> Any:
             axis.bar_label(bars, fmt="%.1f", fontsize=7)
         _plain(axis)
     axes[0][0].set_ylabel(f"time of a peer / time of {OURS}")
-    axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside upper center", ncols=3
+    )
     return figure
 
 
@@ -121,13 +123,14 @@ def _networks(rows: pd.DataFrame) -> Any:
             width=0.8,
             rot=0,
             xlabel="",
-            legend=axis is axes[0],
+            legend=False,
         )
         axis.set_title(title, fontsize=10)
         axis.tick_params(axis="x", labelsize=7)
         _plain(axis)
     axes[0].axhline(1, color="0.2", linewidth=1)
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=8, loc="outside upper center", ncols=4)
     return figure
 
 
