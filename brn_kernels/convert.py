@@ -279,11 +279,14 @@ def _batchnorm_type(layer: BatchRenorm) -> type[_BatchNorm] | None:
 def replace_layers(model: _Model, replacement: Callable[[nn.Module], nn.Module | None]) -> _Model:
     """Put ``replacement(layer)`` for each layer where that is not None: all are made before any is put in place."""
     new = {layer: made for layer in model.modules() if (made := replacement(layer)) is not None}
-    for wrapper in model.modules():
+    own = [
+        module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)
+    ]  # which can be changed
+    for wrapper in own:
         compiled = wrapper._modules.get("_orig_mod")  # what torch.compile wraps
         if compiled is not None and compiled in new:
             raise ValueError(f"a {type(compiled).__name__} was compiled by itself: replace it before that")
-    for parent in list(model.modules()):
+    for parent in own:
         for name, child in parent._modules.items():
             if child in new:
                 parent._modules[name] = new[child]

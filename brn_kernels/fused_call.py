@@ -42,10 +42,10 @@ def is_transparent(module: nn.Module) -> bool:
     """Whether the module returns its input: ``nn.Identity``, and stochastic depth that never drops."""
     if type(module) is nn.Identity:
         return True
-    name = type(module).__name__  # of torchvision and of timm, neither of which is imported here
+    name, package = type(module).__name__, type(module).__module__.partition(".")[0]  # neither is imported here
     return (
-        name == "StochasticDepth" and getattr(module, "p", 1) == 0
-        or name == "DropPath" and getattr(module, "drop_prob", 1) == 0
+        package == "torchvision" and name == "StochasticDepth" and getattr(module, "p", 1) == 0
+        or package == "timm" and name == "DropPath" and getattr(module, "drop_prob", 1) == 0
     )  # fmt: skip
 
 
@@ -68,6 +68,11 @@ def is_sequential(module: nn.Module) -> bool:
     )
 
 
+def _steps(module: nn.Module) -> list[nn.Module]:
+    """What a Sequential calls, in order; a module that occurs twice (``children()`` has it once) is called twice."""
+    return [child for child in module._modules.values() if child is not None]
+
+
 def ends_with_normalization(module: nn.Module) -> bool:
     """Whether what the module returns comes straight from a norm that can take a residual and an activation."""
     if not is_untouched(module):
@@ -75,7 +80,7 @@ def ends_with_normalization(module: nn.Module) -> bool:
     if isinstance(module, BatchRenorm):
         return module.ends_with_normalization()
     if is_sequential(module):
-        return len(module._modules) > 0 and ends_with_normalization(list(module.children())[-1])
+        return len(module._modules) > 0 and ends_with_normalization(_steps(module)[-1])
     return getattr(type(module), "_brn_ending", None) is not None
 
 
@@ -139,7 +144,7 @@ def finish(module: nn.Module, x: Tensor, residual: Tensor | None, activation: st
             return module(x), False
         return module(x, residual=residual, activation=activation), True
     if is_sequential(module):
-        *first, last = module.children()
+        *first, last = _steps(module)
         fused = getattr(type(module), "_brn_original", None) is not None
         x = run_sequence(first, x) if fused else _run_plainly(first, x)
         if not ends_with_normalization(last):  # a child has changed it while it ran

@@ -193,8 +193,10 @@ class Sites:
             for node in owner.nodes
             if order[site.call] < order[node] < order[addition]
             and node not in site.between
-            and node.op not in ("placeholder", "get_attr")
+            and node.op != "placeholder"
         ]
+        if any(node.op == "get_attr" for node in passed):  # of the norm's statistics, it may be, before their update
+            return False
         if not passed:
             return True
         if site.norm is not owner.called(site.call):  # a whole branch: it may draw random numbers
@@ -207,7 +209,7 @@ class Sites:
         if any(node.op != "call_module" for node in inputs) or any(_may_write(owner, node) for node in passed):
             return False  # what is passed may write into the norm's input
         return not any(
-            set(node.all_input_nodes) & set(inputs) or owner.called(node) in (site.norm, *_modules_of(owner, inputs))
+            set(node.all_input_nodes) & set(inputs) or _parts_of(owner, node) & {site.norm, *_modules_of(owner, inputs)}
             for node in passed
         )
 
@@ -251,19 +253,23 @@ def _unfit(module: nn.Module) -> str:
 
 def _compiled_parts(module: nn.Module) -> list[nn.Module]:
     """The modules that were compiled as one, this module being the outermost."""
-    compiled = module._modules.get("_orig_mod")
-    if module._compiled_call_impl is not None or isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None:
         return list(module.modules())
+    compiled = module._modules.get("_orig_mod")
     return [] if compiled is None else [module, *compiled.modules()]
 
 
 def _may_write(owner: Owner, node: Node) -> bool:
-    module = owner.called(node)
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
+    if owner.called(node) is not None:
+        return any(getattr(part, "inplace", False) for part in _parts_of(owner, node))
     name = getattr(node.target, "__name__", str(node.target))
     in_place = name.startswith("i") and hasattr(operator, name) and name not in ("index", "inv", "invert")
     return in_place or name.endswith("_") or name == "setitem" or bool(node.kwargs.get("inplace"))
+
+
+def _parts_of(owner: Owner, node: Node) -> set[nn.Module]:
+    module = owner.called(node)
+    return set() if module is None else set(module.modules())
 
 
 def _modules_of(owner: Owner, nodes: list[Node]) -> list[nn.Module]:

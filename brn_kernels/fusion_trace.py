@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from .fused_class import original_class
 
 _is_grad_enabled = torch.is_grad_enabled
+_is_inference_mode_enabled = torch.is_inference_mode_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
 _NOT_WATCHED = frozenset(dir(nn.Module())) - {"training"}  # what PyTorch itself keeps in a module
 
@@ -125,6 +126,7 @@ class _OneLevel(Tracer):
                 raise TraceError(f"the default of {parameter.name} is {parameter.default!r}")
         self._context: Any = None
         self._is_watching = True
+        self._absent: list[tuple[nn.Module, str]] = []
         self._seen: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}  # (now, as it was)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -184,6 +186,8 @@ class _OneLevel(Tracer):
                 for kind in ("_modules", "_parameters", "_buffers"):
                     if module.__dict__.get(kind, {}).get(name, self) is None:
                         self._seen.setdefault((module, name), (None, None))
+                if not any(name in module.__dict__.get(kind, {}) for kind in ("_modules", "_parameters", "_buffers")):
+                    self._absent.append((module, name))
                 raise
             if name in module.__dict__ or not _is_described(type(module), name):
                 if not isinstance(value, (nn.Module, Tensor)):
@@ -193,6 +197,9 @@ class _OneLevel(Tracer):
         def refused(module: nn.Module, name: str, value: Any = None) -> None:
             raise TraceError(f"its forward sets {name!r}")
 
+        def no_function(*_: Any, **__: Any) -> None:
+            raise TraceError("its forward calls an autograd.Function or a scripted function")
+
         def unknown(*_: Any) -> None:
             raise TraceError("its forward asks for grad or autocast mode")
 
@@ -200,6 +207,10 @@ class _OneLevel(Tracer):
             mock.patch.object(nn.Module, "__getattribute__", watched, create=True),
             mock.patch.object(nn.Module, "__setattr__", refused),
             mock.patch.object(nn.Module, "__delattr__", refused),
+            # C++, which would take a proxy for a tensor; what every Function.apply calls, however it was got hold of
+            mock.patch.object(torch._functorch.utils, "unwrap_dead_wrappers", no_function),
+            mock.patch.object(torch.jit.ScriptFunction, "__call__", no_function),
+            mock.patch.object(torch, "is_inference_mode_enabled", unknown),
             mock.patch.object(torch, "is_grad_enabled", unknown),
             mock.patch.object(torch, "is_autocast_enabled", unknown),
             _NothingConcrete(),
@@ -219,6 +230,10 @@ class _OneLevel(Tracer):
                 now.extend(was) if isinstance(now, list) else now.update(was)
         if changed:
             raise TraceError("its forward changes a list or dict of its own")
+        for module, name in self._absent:
+            if module in paths and (module, name) not in self._seen:
+                target = _format_target("self", paths[module]) if paths[module] else "self"
+                self.conditions.append(f"not hasattr({target}, {name!r})")
         for (module, name), (value, was) in self._seen.items():
             if module not in paths:
                 raise TraceError(f"its forward reads {name!r} of a module that is not its child")
@@ -246,7 +261,7 @@ class _NothingConcrete(TorchFunctionMode):
 def _context() -> tuple[Any, ...]:
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return (
-        _is_grad_enabled(), torch.is_inference_mode_enabled(), hooks,
+        _is_grad_enabled(), _is_inference_mode_enabled(), hooks,
         *((_is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
     )  # fmt: skip
 
