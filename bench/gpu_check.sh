@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in the half hour for which one is rented: builds the native backend, runs the
-# tests and the sanitizers, then the benchmark. Each has its own time limit; one that fails does not stop the next.
+# Everything that only a GPU can show, in the half hour for which one is rented: builds the native backend, runs the tests
+# that need a GPU, the benchmark, then all other tests and the sanitizers. Each has its own time limit; one that fails
+# does not stop the next.
 #
-#   bench/gpu_check.sh [--dry-run] [folder]
+#   bench/gpu_check.sh [--dry-run] [folder, relative to the checkout]
 #
 # Logs, CSVs, figures and a summary go to the folder (default: gpu-check). PYTHON names the interpreter (default: the
 # checkout's .venv, else python3); its packages must be there: torch with CUDA, triton, pytest, and those of the extras
@@ -11,12 +12,22 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 dry=0
-if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
-out=${1:-gpu-check}
+out=gpu-check
+for argument in "$@"; do
+    case $argument in
+    --dry-run) dry=1 ;;
+    -*) echo "usage: bench/gpu_check.sh [--dry-run] [folder]" >&2; exit 2 ;;
+    *) out=$argument ;;
+    esac
+done
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 summary=$out/summary.txt
-: >"$summary"
+fresh=
+if [ -z "${STEPS:-}" ]; then # steps taken one by one belong together, and an interrupted benchmark goes on
+    : >"$summary" || exit 2
+    fresh=--fresh
+fi
 failed=0
 
 step() { # name, limit in seconds, command...
@@ -28,9 +39,14 @@ step() { # name, limit in seconds, command...
     status=$?
     case $status in
     0) result=passed ;;
-    124 | 137) result="OUT OF TIME after $limit s" ;;
+    124) result="OUT OF TIME after $limit s" ;;
+    137) result="KILLED: out of time, or of memory" ;;
     *) result="FAILED with status $status" ;;
     esac
+    if [ $dry = 0 ] && [ -n "$(tail_of "$name")" ] && ! tail_of "$name" | grep -q passed; then
+        result="NOTHING RAN"
+        status=1
+    fi
     [ $status -eq 0 ] || failed=1
     printf '%-14s %5d s  %s%s\n' "$name" $((SECONDS - start)) "$result" "$(tail_of "$name")" | tee -a "$summary" >&2
 }
@@ -55,19 +71,21 @@ if [ $dry = 1 ]; then
     step build 600 "$python" -m brn_kernels build --in-place
     step tests-gpu 120 "$python" -m pytest -q -p no:cacheprovider tests/gpu
     step tests 300 "$python" -m pytest -q -p no:cacheprovider tests/test_invariants.py -k "triton or native"
-    step bench 300 "$python" -m bench --tiny --device cpu --fresh --out "$out/bench.csv"
+    step bench 300 "$python" -m bench --tiny --device cpu $fresh --out "$out/bench.csv"
 else
     if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         echo "$python sees no GPU: nothing to check (--dry-run tries the script without one)" >&2
         exit 2
     fi
+    unset TRITON_INTERPRET
     step build 240 "$python" -m brn_kernels build --in-place --cuda
     step tests-gpu 240 "$python" -m pytest -q -p no:cacheprovider --device cuda tests/gpu -k "not sanitizer"
-    step tests 360 "$python" -m pytest -q -p no:cacheprovider --device cuda tests --ignore tests/gpu -x --maxfail 20
-    step sanitizers 300 "$python" -m pytest -q -p no:cacheprovider --device cuda tests/gpu/test_sanitizer.py
-    step bench 500 "$python" -m bench --device cuda --fresh --minutes 7.5 --out "$out/bench.csv"
+    step bench 500 "$python" -m bench --device cuda $fresh --minutes 7 --out "$out/bench.csv"
     step bars 30 "$python" -m bench bars "$out/bench.csv"
+    step tests 360 "$python" -m pytest -q -p no:cacheprovider --device cuda tests --ignore tests/gpu --maxfail 20
+    step sanitizers 300 "$python" -m pytest -q -p no:cacheprovider --device cuda tests/gpu/test_sanitizer.py
 fi
 
+[ -s "$summary" ] || { echo "no such step: ${STEPS:-}" >&2; exit 2; }
 echo "logs in $out" >&2
 exit $failed

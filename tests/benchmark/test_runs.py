@@ -334,3 +334,6 @@ def test_the_check_for_gpus_runs_dry(tmp_path):
     assert [line.split()[0] for line in summary] == ["tests-gpu", "bench"] and all("passed" in line for line in summary)
     assert "backends" in (out / "machine.txt").read_text()
     assert report.load(out / "bench.csv").p50_us.notna().any()
+    script[-1] = str(tmp_path / "other")
+    done = subprocess.run(script, env=os.environ | {"PYTHON": sys.executable, "STEPS": "benhc"}, capture_output=True)
+    assert done.returncode == 2 and b"no such step" in done.stderr
