@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from . import report
-from .layers import COPY, geometric_mean
+from .layers import COPY
 from .peers import EAGER, OURS
 
 BF16, FP32 = ("bfloat16", "channels_last"), ("float32", "contiguous")
@@ -29,7 +29,8 @@ def _layers(
 ) -> pd.DataFrame:
     chosen = rows[(rows.part == "layer") & (rows["mode"] == "eager") & rows.p50_us.notna()]
     chosen = chosen[(chosen.dtype == form[0]) & (chosen.layout == form[1]) & (chosen.state == state)]
-    return chosen[(chosen.direction == direction) & chosen.candidate.str.startswith(candidate)]
+    named = chosen.candidate.str.startswith(EAGER) if candidate == EAGER else chosen.candidate == candidate
+    return chosen[(chosen.direction == direction) & named]
 
 
 def _passes(
@@ -65,7 +66,7 @@ def _mean(form: tuple[str, str], peer: str) -> Callable[[pd.DataFrame], float | 
     def value(rows: pd.DataFrame) -> float | None:
         theirs = _layers(rows, form, "both", peer)
         theirs = theirs[theirs.net == "ResNet-50"]
-        return geometric_mean(list(theirs.ratio), list(theirs["count"])) if len(theirs) else None
+        return report.geometric_mean(list(theirs.ratio), list(theirs["count"])) if len(theirs) else None
 
     return value
 

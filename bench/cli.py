@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (FileExistsError, FileNotFoundError, IsADirectoryError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"brn bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -83,8 +83,12 @@ def _run(arguments: argparse.Namespace) -> int:
         reasons = "; ".join(f"{name}: {why}" for name, why in available_backends().items() if why)
         print(f"brn bench: no fast backend here, so there is nothing to measure ({reasons})", file=sys.stderr)
         return 2
-    if arguments.threads:
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
+    if arguments.minutes is not None and not arguments.minutes >= 0:
+        raise ValueError(f"--minutes must not be negative, got {arguments.minutes}")
     try:
         path = run(arguments.level, device, out=arguments.out, minutes=arguments.minutes, fresh=arguments.fresh)
     except WrongResults as error:

@@ -38,24 +38,8 @@ def compare(before: Path, after: Path, threshold: float, everyone: bool = False)
         lines.append(f"{title}: {len(chosen)} of {len(merged)}")
         if len(chosen):
             shown = chosen.sort_values("after / before", ascending=ascending)
-            columns = [
-                "net",
-                "batch",
-                "channels",
-                "size",
-                "follows",
-                "dtype",
-                "layout",
-                "state",
-                "direction",
-                "mode",
-                "candidate",
-            ]
-            lines += [
-                "",
-                report.text(shown[[*columns, "p50_us_before", "p50_us_after", "after / before"]].head(40)),
-                "",
-            ]
+            columns = [*report.CASE[1:], "candidate", "p50_us_before", "p50_us_after", "after / before"]
+            lines += ["", report.text(shown[columns].head(40)), ""]
     only = len(pd.concat([old[keys], new[keys]]).drop_duplicates(keep=False))
     if only:
         lines.append(f"in one of the two only: {only} rows")

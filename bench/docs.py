@@ -129,16 +129,9 @@ def readme(text: str, block: str) -> str:
 def recorded() -> list[Path]:
     """The finished runs, GPUs first, then the fullest level, then the newest."""
     order = {"everything": 0, "full": 1, "quick": 2, "tiny": 3}
-
-    def key(path: Path) -> tuple[bool, int, str]:
-        first = report.load(path).iloc[0]
-        return (
-            first.device_type != "cuda",
-            order.get(first.level, 9),
-            "".join(chr(255 - ord(c)) for c in str(first.date)),
-        )
-
-    return sorted(RESULTS.glob("*.csv"), key=key)
+    first = {path: report.load(path).iloc[0] for path in RESULTS.glob("*.csv")}
+    newest_first = sorted(first, key=lambda path: first[path].date, reverse=True)
+    return sorted(newest_first, key=lambda path: (first[path].device_type != "cuda", order.get(first[path].level, 9)))
 
 
 def _is_gpu(rows: pd.DataFrame) -> bool:

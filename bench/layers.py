@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -243,8 +242,3 @@ def _row(case: Case, direction: str, candidate: str, *, mode: str = "", error: s
         "dtype": case.dtype, "layout": case.layout, "state": case.state, "direction": direction, "mode": mode,
         "candidate": candidate, "error": error,
     }  # fmt: skip
-
-
-def geometric_mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    """Of ratios, each as often as its weight says."""
-    return math.exp(sum(w * math.log(v) for v, w in zip(values, weights, strict=True)) / sum(weights))

@@ -82,9 +82,11 @@ class Recorder:
         text = self.part.read_text()
         whole = text[: text.rfind("\n") + 1]  # the last line may have been cut off
         rows = list(csv.DictReader(io.StringIO(whole)))
+        if rows and set(rows[0]) != {*MEASURED, *ABOUT}:
+            raise FileExistsError(f"{self.part} has other columns: --fresh discards it, --out NAME leaves it")
         for name, value in self.about.items():
-            other = next((row[name] for row in rows if row.get(name) != value), None) if name != "date" else None
-            if other is not None:
+            other = next((row[name] for row in rows if row[name] != value), value)
+            if other != value and name != "date":
                 raise FileExistsError(
                     f"{self.part} was started with another {name} ({other}, now {value}): --fresh discards it, "
                     "--out NAME leaves it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from .cases import CHANNELS, HOST, SIZES
-from .layers import COPY, geometric_mean
+from .layers import COPY
 from .peers import OPEN, OURS
 from .record import ABOUT, MEASURED
 
@@ -57,6 +58,11 @@ def timed_layers(rows: pd.DataFrame, state: str = "open", mode: str = "eager") -
     return chosen[~chosen.net.isin([SIZES, CHANNELS, HOST])]
 
 
+def geometric_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Of ratios, each as often as its weight says."""
+    return math.exp(sum(w * math.log(v) for v, w in zip(values, weights, strict=True)) / sum(weights))
+
+
 def means(rows: pd.DataFrame, by: Sequence[str], candidates: Sequence[str] | None = None) -> pd.DataFrame:
     """Geometric means of time of a peer / our time, each layer as often as its network has it; a column a peer."""
     chosen = rows[~rows.candidate.isin([OURS, COPY])]
@@ -76,20 +82,7 @@ def means(rows: pd.DataFrame, by: Sequence[str], candidates: Sequence[str] | Non
 def losses(rows: pd.DataFrame) -> pd.DataFrame:
     """Where a peer is faster than we are, the worst first."""
     chosen = rows[(rows.ratio < 1) & ~rows.candidate.isin([OURS, COPY]) & ~rows.candidate.str.startswith(OURS)]
-    columns = [
-        "net",
-        "batch",
-        "channels",
-        "size",
-        "follows",
-        *FORMAT,
-        "state",
-        "direction",
-        "mode",
-        "candidate",
-        "ratio",
-    ]
-    return chosen.sort_values("ratio")[columns]
+    return chosen.sort_values("ratio")[[*CASE[1:], "candidate", "ratio"]]
 
 
 def won(rows: pd.DataFrame) -> str:

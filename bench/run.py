@@ -22,7 +22,6 @@ from .record import RESULTS, Recorder, machine
 from .training import MODES, Training, trainings
 
 NETS_TRAINED = ("ResNet-50", "ResNeXt-101", "EfficientNet-B0", "U-Net 2d")
-_TINY_SAMPLE = {"sample": (3, 32, 32), "batch": 2}
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class Level:
     trained: Sequence[Training]
     seconds: float  # for each candidate of a case in each direction
     minutes: float  # after which no further job begins
-    directions: Sequence[str] = DIRECTIONS
     compile_peers: bool = True
 
 
@@ -92,7 +90,7 @@ class Job:
 
 def jobs(level: Level, device: torch.device) -> list[Job]:
     """The first network's layers, whole networks that need no compiler, all else, what must be compiled last."""
-    keywords = {"directions": level.directions, "seconds": level.seconds, "compile_peers": level.compile_peers}
+    keywords = {"directions": DIRECTIONS, "seconds": level.seconds, "compile_peers": level.compile_peers}
     first, other = [], []
     for case in level.plan.cases():
         found = first if case.layer.net in (HOST, level.plan.nets[0]) and case.state == "open" else other

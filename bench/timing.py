@@ -31,8 +31,6 @@ class Times:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Times:
-        if len(seconds) < 2:
-            return cls(*(1e6 * seconds[0],) * 3)
         tenths = statistics.quantiles(seconds, n=10, method="inclusive")
         return cls(1e6 * tenths[1], 1e6 * tenths[4], 1e6 * tenths[7])
 

@@ -1,13 +1,12 @@
 """Networks with BatchNorm and separate activations, and the same with layers that do both."""
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import brn_kernels as brn
+from bench.networks import import_torchvision
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.LeakyReLU: "leaky_relu"}
 SCHEDULE = brn.ClipSchedule.constant(1.5, 0.5)
@@ -50,12 +49,10 @@ class Block(nn.Module):
 
 
 def torchvision_models():
-    """Its models need none of its operators, which are missing beside a build of torch that it does not fit."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return pytest.importorskip("torchvision").models
+    try:
+        return import_torchvision().models
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 def resnet(name, fused):

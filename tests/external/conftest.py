@@ -1,26 +1,17 @@
 """torchvision and timm, also beside a torch build that torchvision's compiled operators do not fit."""
 
-import contextlib
-
 import pytest
-import torch
 
-_operators = []
+from bench.networks import import_torchvision
 
 
 @pytest.fixture(scope="session")
 def torchvision():
-    """torchvision, if installed. Its models need none of its compiled operators, but its import needs their schemas."""
-    with contextlib.suppress(RuntimeError, ImportError):
-        import torchvision
-
-        return torchvision
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    _operators.append(library)  # they go when the library object goes
-    for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return pytest.importorskip("torchvision", exc_type=ImportError)
+    """torchvision, if installed."""
+    try:
+        return import_torchvision()
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
