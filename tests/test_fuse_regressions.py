@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fuse import assert_same, module_of, norm
+from fuse_models import assert_same, module_of, norm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

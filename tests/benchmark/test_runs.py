@@ -337,3 +337,16 @@ def test_the_check_for_gpus_runs_dry(tmp_path):
     script[-1] = str(tmp_path / "other")
     done = subprocess.run(script, env=os.environ | {"PYTHON": sys.executable, "STEPS": "benhc"}, capture_output=True)
     assert done.returncode == 2 and b"no such step" in done.stderr
+
+
+@pytest.mark.parametrize("option", [("--threads", "0"), ("--minutes", "-1"), ("--minutes", "nan")])
+def test_numbers_out_of_range_are_named(option, tmp_path, capsys):
+    assert cli.main(["--tiny", "--out", str(tmp_path / "run.csv"), *option]) == 2
+    assert option[0] in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_started_run_with_other_columns_is_not_continued(tmp_path):
+    (tmp_path / "run.csv.part").write_text("a,b\n1,2\n")
+    with pytest.raises(FileExistsError, match="other columns"):
+        recorder(tmp_path / "run.csv")
