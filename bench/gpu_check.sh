@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in the half hour for which one is rented: builds the native backend, runs the tests
-# that need a GPU, the benchmark, then all other tests and the sanitizers. Each has its own time limit; one that fails
-# does not stop the next.
+# that use a GPU, the benchmark, the sanitizers. Each has its own time limit; one that fails does not stop the next.
 #
 #   bench/gpu_check.sh [--dry-run] [folder, relative to the checkout]
 #
 # Logs, CSVs, figures and a summary go to the folder (default: gpu-check). PYTHON names the interpreter (default: the
 # checkout's .venv, else python3); its packages must be there: torch with CUDA, triton, pytest, and those of the extras
-# "bench" and "dev". STEPS="build bench" takes only these. --dry-run does the same on the CPU, kernels interpreted, with a handful of tests: is all in place?
+# "bench" and "dev". STEPS="build bench" takes only these; WORKERS=4 tests by fewer processes at once; COMMIT names the
+# commit where there is no git; BENCH_ARGS="--quick" measures less. --dry-run does the same on the CPU, kernels interpreted, with a handful of tests: is all in place?
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -78,12 +78,12 @@ else
         exit 2
     fi
     unset TRITON_INTERPRET
+    workers=(-p no:cacheprovider -p no:benchmark --device cuda -m device -n "${WORKERS:-12}" --dist loadgroup)
     step build 240 "$python" -m brn_kernels build --in-place --cuda
-    step tests-gpu 240 "$python" -m pytest -q -p no:cacheprovider --device cuda tests/gpu -k "not sanitizer"
-    step bench 500 "$python" -m bench --device cuda $fresh --minutes 7 --out "$out/bench.csv"
+    step tests 300 "$python" -m pytest -q "${workers[@]}" --maxfail 100 tests --ignore tests/gpu/test_sanitizer.py
+    step bench 500 "$python" -m bench --device cuda $fresh ${BENCH_ARGS:---minutes 7} --out "$out/bench.csv"
     step bars 30 "$python" -m bench bars "$out/bench.csv"
-    step tests 360 "$python" -m pytest -q -p no:cacheprovider --device cuda tests --ignore tests/gpu --maxfail 20
-    step sanitizers 300 "$python" -m pytest -q -p no:cacheprovider --device cuda tests/gpu/test_sanitizer.py
+    step sanitizers 300 "$python" -m pytest -q "${workers[@]}" tests/gpu/test_sanitizer.py
 fi
 
 [ -s "$summary" ] || { echo "no such step: ${STEPS:-}" >&2; exit 2; }

@@ -39,7 +39,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": _output("git", "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", ""),
         "dirty": _changes(),
         "date": str(datetime.date.today()),
     }  # fmt: skip

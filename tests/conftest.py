@@ -21,6 +21,13 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="the device the tests run on, for example cuda")
 
 
+def pytest_collection_modifyitems(items):
+    """``-m device`` selects what runs on the device chosen: a GPU is rented by the minute."""
+    for item in items:
+        if "device" in item.fixturenames or item.path.parent.name == "gpu":
+            item.add_marker("device")
+
+
 @pytest.fixture
 def device(request):
     return torch.device(request.config.getoption("--device"))

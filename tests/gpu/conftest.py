@@ -12,7 +12,12 @@ def gpu():
         pytest.skip("needs an NVIDIA GPU")
 
 
-@pytest.fixture
-def triton_backend(gpu):
-    with brn.use_backend("triton"):
-        yield
+@pytest.fixture(params=["triton", "native"])
+def kernels(request, gpu):
+    """The backends with kernels for GPUs, in turn."""
+    try:
+        brn.backends.resolve(request.param, "cuda")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    with brn.use_backend(request.param):
+        yield request.param

@@ -5,7 +5,7 @@ import torch
 
 import brn_kernels as brn
 
-pytestmark = pytest.mark.usefixtures("triton_backend")
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.xdist_group("large")]  # one at a time
 
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])

@@ -7,7 +7,7 @@ import torch
 
 import brn_kernels as brn
 
-pytestmark = pytest.mark.usefixtures("triton_backend")
+pytestmark = pytest.mark.usefixtures("kernels")
 RAMP = brn.ClipSchedule(r_max=1.5, d_max=0.5, hold=10, r_ramp=60, d_ramp=40)
 
 
