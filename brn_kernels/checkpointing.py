@@ -12,6 +12,9 @@ How a call is recognized, without synchronizing and without knowing the checkpoi
 - The second run happens while the autograd engine executes a node of the graph. Nodes are numbered as they are made:
   a call under hooks lies in the region of the executing node and was made no later than it; calls under no_grad
   were made after the region's node and before any later region's. Within a region they come in the same order again.
+- Each thread numbers for itself, and on a GPU a backward runs in a thread of its own. What a backward runs again under
+  no_grad (nested ``use_reentrant=True``) is therefore kept apart by the backward that made it: only one within that
+  can ask for it, and with that it goes.
 - Copies live as long as the graph: they hang on its unpack hook (the newest ``_HOOKED_CALLS_KEPT`` of each layer, as a
   hook may outlive its graph). Those made under no_grad have no graph to hang on; the newest ``_NO_GRAD_CALLS_KEPT`` of
   each layer are kept. A second run whose copy is gone raises.
@@ -19,6 +22,7 @@ How a call is recognized, without synchronizing and without knowing the checkpoi
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -39,6 +43,7 @@ Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 class _Call(NamedTuple):
     sequence: int  # of the autograd nodes, when the call was made
     statistics: Statistics  # copies from before its update
+    graph_task: int  # the backward in which it was made; -1: none
 
 
 class _Calls(deque[_Call]):
@@ -57,7 +62,7 @@ class _Log:
 
     def __init__(self) -> None:
         self.under_hooks: weakref.WeakKeyDictionary[Callable[..., Any], _Calls] = weakref.WeakKeyDictionary()
-        self.under_no_grad = _Calls(maxlen=_NO_GRAD_CALLS_KEPT)
+        self.under_no_grad: dict[int, _Calls] = {}  # by the backward in which they were made
         self._run = (0, 0)  # the backward and the region now run again ...
         self._runs_in_region = 0  # ... and how many of its calls have been
 
@@ -68,7 +73,12 @@ class _Log:
             )  # fmt: skip
         except TypeError:  # a hook that cannot be referred to weakly
             calls = None
-        (self.under_no_grad if calls is None else calls).append(call)
+        if calls is None and call.graph_task not in self.under_no_grad:
+            self.under_no_grad[call.graph_task] = _Calls(maxlen=_NO_GRAD_CALLS_KEPT)
+            if call.graph_task != -1:
+                forget = functools.partial(self.under_no_grad.pop, call.graph_task, None)
+                torch.autograd.Variable._execution_engine.queue_callback(forget)
+        (self.under_no_grad[call.graph_task] if calls is None else calls).append(call)
 
     def first_run(self, graph_task: int, under_hooks: bool) -> Statistics | None:
         """The statistics of the call that is being run again; None if no such call is known."""
@@ -77,11 +87,13 @@ class _Log:
             return None
         now = node._sequence_nr()
         hooked = [calls for calls in self.under_hooks.values() if calls]
-        region, later = _made_by(now, hooked), _made_after(now, self.under_no_grad)
+        enclosing = max((task for task in self.under_no_grad if task < graph_task), default=None)
+        ungraded = _Calls() if enclosing is None else self.under_no_grad[enclosing]
+        region, later = _made_by(now, hooked), _made_after(now, ungraded)
         calls = next(filter(None, [region, later] if under_hooks else [later, region]), None)
         if not calls:
             return None
-        if calls is later and self.under_no_grad.dropped > now or calls is region and region.dropped >= 0:
+        if calls is later and ungraded.dropped > now or calls is region and region.dropped >= 0:
             raise RuntimeError(
                 "activation checkpointing runs a Batch Renormalization layer again whose statistics from before the "
                 f"first run are no longer kept: at most {_NO_GRAD_CALLS_KEPT} calls of a layer may wait for their "
@@ -123,7 +135,7 @@ def pre_update_statistics(
     first = log.first_run(graph_task, hooks is not None) if graph_task != -1 else None
     if hooks is not None or not graded:
         sequence = torch._C._autograd._get_sequence_nr()
-        log.add(_Call(sequence, first or _copy(live)), hooks[1] if hooks is not None and graded else None)
+        log.add(_Call(sequence, first or _copy(live), graph_task), hooks[1] if hooks is not None and graded else None)
     return live if first is None else _copy(first)
 
 

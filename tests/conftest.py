@@ -15,6 +15,8 @@ from brn_kernels.backends import PREFERENCE
 BACKENDS = [name for name in PREFERENCE if importlib.util.find_spec(f"brn_kernels.backends.{name}")]
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.backends.cudnn.deterministic = True  # convolutions too must give the same bits twice ...
+torch.backends.cudnn.allow_tf32 = False  # ... and float32 its digits
 
 
 def pytest_addoption(parser):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 
 import pytest
 import torch
@@ -83,19 +84,51 @@ def test_the_same_batch_twice(backend, device, use_reentrant):
     )
 
 
+def nested(m, x, use_reentrant):
+    def inner(h):
+        return checkpoint(m.norm1, m.conv1(h), use_reentrant=use_reentrant)
+
+    def outer(h):
+        h2 = checkpoint(inner, h, use_reentrant=use_reentrant)
+        return m.norm2(m.conv2(h2), residual=h)
+
+    return checkpoint(outer, x, use_reentrant=use_reentrant)
+
+
 @MODES
 def test_nested(backend, device, use_reentrant):
-    def nested(m, x):
-        def inner(h):
-            return checkpoint(m.norm1, m.conv1(h), use_reentrant=use_reentrant)
+    compare(
+        Block().to(device), lambda m, x: m(x), lambda m, x: nested(m, x, use_reentrant), batches(2, device)
+    )  # fmt: skip
 
-        def outer(h):
-            h2 = checkpoint(inner, h, use_reentrant=use_reentrant)
-            return m.norm2(m.conv2(h2), residual=h)
 
-        return checkpoint(outer, x, use_reentrant=use_reentrant)
+@MODES
+@pytest.mark.parametrize("nodes_before", [0, 10_000])
+def test_nested_with_a_backward_in_a_thread_that_numbers_nodes_for_itself(backend, device, use_reentrant, nodes_before):
+    """As on a GPU, where the first real run gave wrong gradients."""
 
-    compare(Block().to(device), lambda m, x: m(x), nested, batches(2, device))
+    def run(m, x):
+        return nested(m, x, use_reentrant)
+
+    in_a_thread = torch.Tensor.backward
+
+    def backward(loss):
+        one = torch.ones((), requires_grad=True)
+
+        def work():
+            for _ in range(nodes_before):
+                one * 2  # noqa: B018
+            in_a_thread(loss)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", backward)
+        after = compare(Block().to(device), lambda m, x: m(x), run, batches(2, device), "first in, first out")
+    assert all(set(log.under_no_grad) <= {-1} for log in checkpointing._logs.values()), "nothing stays behind"
+    assert after.norm1.num_batches_tracked == 4
 
 
 @MODES

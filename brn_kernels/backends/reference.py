@@ -308,7 +308,7 @@ def activate(z: Tensor, activation: str | None) -> Tensor:
     if activation == "silu":
         return F.silu(z)
     if activation == "hardswish":
-        return F.hardswish(z)
+        return z * F.relu6(z + 3) / 6  # F.hardswish takes a float32 sixth for float64 on GPUs
     return z
 
 
