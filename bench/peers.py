@@ -144,7 +144,7 @@ class BatchRenormOfSyncOperators(_Renorm):
     """Of the fused operators that ``nn.SyncBatchNorm`` consists of: torch has them on GPUs only."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        mean, inv_std = torch.batch_norm_stats(x, self.eps)
+        mean, inv_std = torch.batch_norm_stats(x.detach(), self.eps)
         r, d = self.r_and_d(mean, 1 / inv_std)
         y = _SyncOperators.apply(x, self.weight, self.bias, mean, inv_std, r, d, self.eps)
         return self.finish(y, residual)

@@ -81,8 +81,7 @@ def tiny_tiles(monkeypatch):
     """Tiles of 64 elements and 7 programs at once: every loop of the Triton kernels turns more than once."""
     from brn_kernels.backends.triton import config
 
-    monkeypatch.setattr(config, "NUM_WARPS", 1)
-    monkeypatch.setattr(config, "ACCESSES_PER_THREAD", 1)
+    monkeypatch.setattr(config, "SETTINGS", dict.fromkeys(config.SETTINGS, config.Settings(1, 1, 3)))
     monkeypatch.setattr(config, "MAX_INNER_CHANNELS_LAST", 8)
     monkeypatch.setattr(config, "MIN_INNER_CONTIGUOUS", 8)
     monkeypatch.setattr(config, "MERGE_ROWS", 2)

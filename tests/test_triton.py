@@ -39,9 +39,9 @@ def test_several_tiles_and_splits(tiny_tiles, device, channels_last, activation,
 
 
 def test_the_tiny_tiles_are_several(tiny_tiles):
-    rows = config.launch_for(layout.Layout(True, 600, 19, 19), 8, (19,), config.device_of(None))
+    rows = config.launch_for("forward", layout.Layout(True, 600, 19, 19), 8, (19,), config.device_of(None))
     assert rows.channel_tiles > 1 and rows.splits > 2 and rows.items_per_split > 2
-    planes = config.launch_for(layout.Layout(False, 90, 3, 41), 8, (123, 41), config.device_of(None))
+    planes = config.launch_for("forward", layout.Layout(False, 90, 3, 41), 8, (123, 41), config.device_of(None))
     assert planes.chunks > 1 and planes.splits > 1 and planes.items_per_split > planes.chunks
 
 
@@ -54,7 +54,7 @@ def test_launches_cover_everything_once(channels_last, outer, channels, position
     shape = layout.Layout(channels_last, outer, channels, channels if channels_last else positions)
     device = config.Device(multiprocessors, 50 * 2**20)
     strides = (channels,) if channels_last else (channels * positions, positions)
-    it = config.launch_for(shape, itemsize, strides, device)
+    it = config.launch_for("forward", shape, itemsize, strides, device)
     assert it.outer & (it.outer - 1) == 0 and it.inner & (it.inner - 1) == 0 and it.inner >= 8
     assert it.items == -(-shape.outer // it.outer) * it.chunks
     assert (it.splits - 1) * it.items_per_split < it.items <= it.splits * it.items_per_split
@@ -64,7 +64,7 @@ def test_launches_cover_everything_once(channels_last, outer, channels, position
         assert it.channel_tiles * it.inner >= channels and it.chunks == 1
     else:
         assert it.channel_tiles == channels and it.chunks * it.inner >= positions
-    assert it.outer * it.inner * itemsize <= 16 * config.NUM_WARPS * 32 * config.ACCESSES_PER_THREAD
+    assert it.outer * it.inner * itemsize <= 16 * it.num_warps * 32 * config.SETTINGS["forward", channels_last].accesses
     slab = config.slab_of(it, shape, itemsize, device)
     if slab:
         slabs = config.slab_launch(it, slab, device)
@@ -147,11 +147,11 @@ def test_slabs_are_used_where_one_fits_l2_and_all_do_not():
     chosen = {}
     for channels, size in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)):
         shape = layout.Layout(True, 256 * size * size, channels, channels)
-        chosen[size] = config.slab_of(config.launch_for(shape, 2, (channels,), h200), shape, 2, h200)
+        chosen[size] = config.slab_of(config.launch_for("backward", shape, 2, (channels,), h200), shape, 2, h200)
     assert chosen[14] > 0 and chosen[7] > 0, "one slab fits"
     assert chosen[112] == 0, "one channel tile is larger than L2"
     small = layout.Layout(True, 1000, 256, 256)
-    assert config.slab_of(config.launch_for(small, 2, (256,), h200), small, 2, h200) == 0, "everything fits"
+    assert config.slab_of(config.launch_for("backward", small, 2, (256,), h200), small, 2, h200) == 0, "everything fits"
 
 
 @pytest.mark.parametrize("slabs, pieces", [(2, 1), (2, 6), (5, 3)])

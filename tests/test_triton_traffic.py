@@ -33,7 +33,7 @@ def traffic(monkeypatch, device):
         @functools.wraps(method)
         def counted(self, pointers, *rest):
             mask = rest[0] if kind == "loads" else rest[1]
-            accesses[kind].append(pointers.data[mask.data])
+            accesses[kind].append(pointers.data[mask.data.astype(bool)])
             return method(self, pointers, *rest)
 
         return counted

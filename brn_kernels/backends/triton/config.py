@@ -9,25 +9,45 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
 
 from ..layout import Layout
 
-# Four warps, each thread four 16-byte accesses a tile: 8 KB. By Little's law a Hopper GPU needs some 32 KB in flight on
-# each multiprocessor. Three programs are resident: the stream kernel keeps STAGES - 1 tiles of each in flight in shared
-# memory, the backward loads two tiles at a time.
-NUM_WARPS = 4
 ACCESS_BYTES = 16
-ACCESSES_PER_THREAD = 4
 MAX_NARROW = 16  # elements a thread, where accesses are narrower: each has an address of its own in registers
-STAGES = 3
-PROGRAMS_PER_MULTIPROCESSOR = 3  # as many as are resident at once: a second wave would leave most idle
-# Three programs leave each other 168 registers a thread. Without a bound the compiler aims at more programs and spills.
-# Narrow accesses, packing bits, and the derivatives of smooth activations need more: two programs then.
-REGISTERS = 168
-REGISTERS_MANY = 255
+REGISTERS_PER_MULTIPROCESSOR = 65536
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much work a program and a multiprocessor have in hand.
+
+    By Little's law a Hopper GPU needs some 32 KB in flight on each multiprocessor: tiles of a few KB, and as many
+    programs as find room. The bound on registers follows from that number; without it the compiler aims at another.
+    """
+
+    warps: int  # of a program
+    accesses: int  # of 16 bytes, of each thread in each tensor of a tile
+    programs: int  # resident on a multiprocessor at once
+
+    @property
+    def registers(self) -> int:
+        """A thread's, so that ``programs`` are resident."""
+        bound = REGISTERS_PER_MULTIPROCESSOR // (32 * self.warps * self.programs)
+        return min(255, bound // 8 * 8)
+
+
+# By direction and whether the layout is channels_last
+SETTINGS = {
+    ("forward", True): Settings(warps=4, accesses=4, programs=3),
+    ("forward", False): Settings(warps=4, accesses=4, programs=3),
+    ("backward", True): Settings(warps=4, accesses=4, programs=3),
+    ("backward", False): Settings(warps=4, accesses=4, programs=3),
+}
+# Narrow accesses, packing bits, and the derivatives of smooth activations need more registers
 PROGRAMS_OF_MANY_REGISTERS = 2
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
@@ -35,6 +55,8 @@ MIN_INNER = 8  # a byte of packed bits
 MIN_INNER_CONTIGUOUS = 64
 MAX_DEAD_LANES = 0.125  # of a contiguous tile, beyond the end of a plane
 MERGE_ROWS = 16  # partial results a finishing program reads at a time
+
+MAX_WAVES = 8  # of programs
 
 # Two slabs are in flight (one applied while the next is reduced), and what is written passes through L2 too.
 SLAB_SHARE_OF_L2 = 0.25
@@ -89,21 +111,30 @@ def device_of(device: torch.device) -> Device:
 
 @functools.lru_cache(maxsize=4096)
 def launch_for(
-    layout: Layout, itemsize: int, strides: tuple[int, ...], device: Device, many_registers: bool = False
+    direction: str,
+    layout: Layout,
+    itemsize: int,
+    strides: tuple[int, ...],
+    device: Device,
+    many_registers: bool = False,
 ) -> Launch:
     """The settings for one pass over tensors of this layout.
 
     Args:
+        direction: "forward" or "backward".
         layout: of all tensors of the pass.
         itemsize: bytes of an element.
         strides: every stride, in elements, that a kernel multiplies a row or a channel with.
         device: where it runs.
         many_registers: the kernel packs bits, or computes a smooth activation's derivative.
     """
+    settings = SETTINGS[direction, layout.channels_last]
     access = max(1, ACCESS_BYTES // itemsize)
     vector = _common_vector(access, (layout.inner, *strides))
-    per_thread = ACCESSES_PER_THREAD * access if vector == access else min(ACCESSES_PER_THREAD * access, MAX_NARROW)
-    elements = NUM_WARPS * 32 * per_thread
+    if vector < access or many_registers:
+        settings = dataclasses.replace(settings, programs=PROGRAMS_OF_MANY_REGISTERS)
+    per_thread = settings.accesses * access if vector == access else min(settings.accesses * access, MAX_NARROW)
+    elements = settings.warps * 32 * per_thread
     if layout.channels_last:
         inner = min(max(_power_of_2(layout.inner), MIN_INNER), MAX_INNER_CHANNELS_LAST)
         channel_tiles, chunks = -(-layout.channels // inner), 1
@@ -112,25 +143,23 @@ def launch_for(
         channel_tiles, chunks = layout.channels, -(-layout.inner // inner)
     outer = min(elements // inner, _power_of_2(layout.outer))
     items = -(-layout.outer // outer) * chunks
-    many_registers |= vector < access
-    programs = PROGRAMS_OF_MANY_REGISTERS if many_registers else PROGRAMS_PER_MULTIPROCESSOR
-    items_per_split, splits = _split(items, channel_tiles, device.multiprocessors * programs)
+    items_per_split, splits = _split(items, channel_tiles, device.multiprocessors * settings.programs)
     group_rows = layout.channels_last or vector < access
     return Launch(
         channels_last=layout.channels_last,
         outer=outer,
         inner=inner,
         vector=vector,
-        group=min(ACCESSES_PER_THREAD, outer) if group_rows else access,
+        group=min(settings.accesses, outer) if group_rows else access,
         group_rows=group_rows,
         channel_tiles=channel_tiles,
         chunks=chunks,
         items=items,
         items_per_split=items_per_split,
         splits=splits,
-        programs=programs,
-        max_registers=REGISTERS_MANY if many_registers else REGISTERS,
-        num_warps=NUM_WARPS,
+        programs=settings.programs,
+        max_registers=settings.registers,
+        num_warps=settings.warps,
     )
 
 
@@ -158,10 +187,19 @@ def slab_programs(launch: Launch, slab: int, device: Device) -> int:
 
 
 def _split(items: int, tiles_at_once: int, programs: int) -> tuple[int, int]:
-    """Items of a split, and splits of a channel tile, for one full wave of programs."""
-    wanted = -(-programs // tiles_at_once)
-    items_per_split = -(-items // max(1, min(wanted, items)))
-    return items_per_split, -(-items // items_per_split)
+    """Items of a split, and splits of a channel tile, such that the last wave of programs ends soonest.
+
+    Each wave is ``programs`` programs; a program costs one item more than it has, since it starts with nothing in
+    flight. Of equal costs the fewest splits: they are merged in the end.
+    """
+    best = (math.inf, 0, 0)
+    for waves in range(1, MAX_WAVES + 1):
+        wanted = max(1, min(waves * programs // tiles_at_once, items))
+        items_per_split = -(-items // wanted)
+        splits = -(-items // items_per_split)
+        cost = -(-splits * tiles_at_once // programs) * (items_per_split + 1)
+        best = min(best, (cost, splits, items_per_split))
+    return best[2], best[1]
 
 
 def _inner_of_plane(positions: int, elements: int) -> int:

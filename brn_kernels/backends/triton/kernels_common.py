@@ -51,7 +51,6 @@ def locate(
 
     Shapes (OUTER, 1), (1, INNER), (OUTER, INNER); or (OUTER, 1, 1), (1, INNER / 8, 8), (OUTER, INNER / 8, 8).
     """
-    item = tl.cast(item, tl.int64)
     rows = tl.arange(0, OUTER)
     if IN_EIGHTS:
         columns = (tl.arange(0, INNER // 8) * 8)[:, None] + tl.arange(0, 8)[None, :]
@@ -59,11 +58,11 @@ def locate(
     else:
         columns = tl.arange(0, INNER)
     if CHANNELS_LAST:
-        rows = item * OUTER + rows
+        rows = tl.cast(item, tl.int64) * OUTER + rows
         columns += tile * INNER
     else:
-        rows = (item // chunks) * OUTER + rows
-        columns += tl.cast(item % chunks, tl.int32) * INNER
+        rows = tl.cast(item // chunks, tl.int64) * OUTER + rows
+        columns += (item % chunks) * INNER
     if IN_EIGHTS:
         rows, columns = rows[:, :, None], columns[None, :, :]
     else:
@@ -85,22 +84,20 @@ def values_of(
     item, chunks, outer_size, inner_size, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
 ):  # fmt: skip
     """How many values of a channel a work item has, int64."""
-    item = tl.cast(item, tl.int64)
     if CHANNELS_LAST:
-        return tl.minimum(outer_size - item * OUTER, OUTER)
+        return tl.minimum(outer_size - tl.cast(item, tl.int64) * OUTER, OUTER)
     else:
         columns = tl.minimum(inner_size - (item % chunks) * INNER, INNER)
-        return tl.minimum(outer_size - (item // chunks) * OUTER, OUTER) * columns
+        return tl.minimum(outer_size - tl.cast(item // chunks, tl.int64) * OUTER, OUTER) * columns
 
 
 @triton.jit
 def in_channels(b, CHANNELS_LAST: tl.constexpr):
     """(OUTER, INNER) summed over what belongs to a channel: (CT,)."""
-    b_rows = tl.sum(b, 0)
     if CHANNELS_LAST:
-        return b_rows
+        return tl.sum(b, 0)
     else:
-        return tl.sum(b_rows[:, None], 0)
+        return tl.zeros([1], b.dtype) + tl.sum(b)
 
 
 @triton.jit

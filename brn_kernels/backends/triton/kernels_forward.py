@@ -80,12 +80,11 @@ def stream_kernel(
     counter_ptr, limits_ptr,  # int64; (2,)
     saved_ptr, workspace_ptr, tickets_ptr,  # (4, channels); see above; (channel tiles,)
     outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
-    x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
-    r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp,
-    momentum: tl.float64, eps: tl.float64, values: tl.float64,
+    x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v, hold, r_ramp, d_ramp,
+    r_max: tl.float64, d_max: tl.float64, momentum: tl.float64, eps: tl.float64, values: tl.float64,
     ACC: tl.constexpr, CUMULATIVE: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, STAGES: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, splits): statistics, and y where it is predicted not to be clipped.
 
@@ -111,23 +110,28 @@ def stream_kernel(
         )  # fmt: skip
         speculates = tl.max(predicted, 0) > 0
 
-    origin = tl.zeros([CT], ACC)
+    first = split * items_per_split
+    end = tl.minimum(first + items_per_split, items)
+    b_next = load_item(
+        x_ptr, first, end, tile, chunks, outer_size, inner_v, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST, OUTER, INNER
+    )  # fmt: skip
+    first_count = values_of(first, chunks, outer_size, inner_v * VECTOR, CHANNELS_LAST, OUTER, INNER)
+    origin = in_channels(b_next.to(ACC), CHANNELS_LAST) / first_count.to(ACC)
     s1 = tl.zeros([ROWS, CT], ACC)
     s2 = tl.zeros([ROWS, CT], ACC)
     count = tl.full([], 0, tl.int64)
     m_all = tl.full([1, 1], 1, tl.int1)
-    first = split * items_per_split
-    for item in tl.range(first, tl.minimum(first + items_per_split, items), num_stages=STAGES):
+    for item in range(first, end):
+        b_x = b_next.to(ACC)
+        b_next = load_item(  # travels while this one is worked on
+            x_ptr, item + 1, end, tile, chunks, outer_size, inner_v, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST,
+            OUTER, INNER,
+        )  # fmt: skip
         rows, columns, m_exists = locate(item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
-        o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
-        b_x = tl.load(x_ptr + o_x, mask=m_exists, other=0.0).to(ACC)
-        item_count = values_of(item, chunks, outer_size, inner_v * VECTOR, CHANNELS_LAST, OUTER, INNER)
-        if item == first:
-            origin = in_channels(b_x, CHANNELS_LAST) / item_count.to(ACC)
         b_centered = tl.where(m_exists, b_x - origin[None, :], 0.0)
         s1 += in_groups(b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
         s2 += in_groups(b_centered * b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
-        count += item_count
+        count += values_of(item, chunks, outer_size, inner_v * VECTOR, CHANNELS_LAST, OUTER, INNER)
         if speculates:
             write(
                 b_x, pivot[None, :], scale[None, :], shift[None, :], rows, columns, m_exists, m_all, item, tile,
@@ -154,6 +158,17 @@ def stream_kernel(
             workspace_ptr, channels, r_max, d_max, hold, r_ramp, d_ramp, momentum, eps, values,
             ACC, CUMULATIVE, CHANNELS_LAST, CT, MERGE_ROWS,
         )  # fmt: skip
+
+
+@triton.jit
+def load_item(
+    x_ptr, item, end, tile, chunks, outer_size, inner_v, x_outer_v, x_channel_v,
+    VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """x of a work item as it is stored, (OUTER, INNER); 0 where there is none, and from ``end`` on."""
+    rows, columns, m_exists = locate(item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
+    o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
+    return tl.load(x_ptr + o_x, mask=m_exists & (item < end), other=0.0)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from .. import layout, reference, sides
 from ..layout import Layout
 from ..sides import copy_back, dense, readable, writable
-from . import config, kernels_backward, kernels_forward
+from . import config, kernels_backward, kernels_forward, launcher
 from .config import Launch
 from .kernels_common import ACTIVATION_CODES, tl
 from .tickets import tickets
@@ -60,7 +61,7 @@ def forward(
     device = config.device_of(x.device)
     all_strides = source.strides + extra.strides + target.strides
     kept = reference.keeps_bits(residual, activation)
-    launch = config.launch_for(shape, x.element_size(), all_strides, device, many_registers=kept)
+    launch = config.launch_for("forward", shape, x.element_size(), all_strides, device, many_registers=kept)
 
     acc = reference.statistics_dtype(x)
     saved = torch.empty(4, shape.channels, dtype=acc, device=x.device)
@@ -70,21 +71,22 @@ def forward(
     weight, bias, limits = dense(weight), dense(bias), dense(limits)
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
     bits_or_none = bits if kept else None
-    geometry = _geometry(launch, shape)
     strides = _in_vectors(launch.vector, all_strides)
-    tile = _tile(launch, acc, activation)
+    tile, sums = _tile(launch, acc, activation), _sums(launch)
+    integers, hold_and_ramps = (*_geometry(launch, shape), *strides), (int(hold), int(r_ramp), int(d_ramp))
+    floats = (r_max, d_max, 0.0 if momentum is None else momentum, eps, float(x.numel() // shape.channels))
     with _on_device(x):
-        kernels_forward.stream_kernel[launch.grid](
-            source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
-            _as_bytes(dense_clipped), num_batches_tracked, limits, saved, workspace,
-            tickets(x.device, launch.channel_tiles), *geometry, *strides,
-            r_max, d_max, int(hold), int(r_ramp), int(d_ramp), 0.0 if momentum is None else momentum, eps,
-            float(x.numel() // shape.channels), CUMULATIVE=momentum is None, STAGES=config.STAGES, **tile,
-            **_sums(launch),
+        launcher.launch(
+            kernels_forward.stream_kernel, launch.grid,
+            (source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
+             _as_bytes(dense_clipped), num_batches_tracked, limits, saved, workspace,
+             tickets(x.device, launch.channel_tiles)),
+            integers + hold_and_ramps, floats, (*tile, *sums, ("CUMULATIVE", momentum is None)), x.device,
         )  # fmt: skip
-        kernels_forward.repair_kernel[launch.grid](
-            source.tensor, extra.tensor, target.tensor, bits_or_none, num_batches_tracked, workspace,
-            *geometry, *strides, **tile,
+        launcher.launch(
+            kernels_forward.repair_kernel, launch.grid,
+            (source.tensor, extra.tensor, target.tensor, bits_or_none, num_batches_tracked, workspace),
+            integers, (), tile, x.device,
         )  # fmt: skip
     target.copy_to(y)
     copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
@@ -100,15 +102,16 @@ def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     y = torch.empty_like(x)
     target = writable(y, shape)
     all_strides = source.strides + (0, 0) + target.strides
-    launch = config.launch_for(shape, x.element_size(), all_strides, config.device_of(x.device))
+    launch = config.launch_for("forward", shape, x.element_size(), all_strides, config.device_of(x.device))
     workspace = torch.ones(
         kernels_forward.COEFFICIENT_ROWS * launch.padded_channels, dtype=coefficients.dtype, device=x.device
     )
     _coefficients(workspace, launch)[:3, : shape.channels] = coefficients
     with _on_device(x):
-        kernels_forward.repair_kernel[launch.grid](
-            source.tensor, None, target.tensor, None, None, workspace, *_geometry(launch, shape),
-            *_in_vectors(launch.vector, all_strides), **_tile(launch, coefficients.dtype, activation),
+        launcher.launch(
+            kernels_forward.repair_kernel, launch.grid, (source.tensor, None, target.tensor, None, None, workspace),
+            (*_geometry(launch, shape), *_in_vectors(launch.vector, all_strides)), (),
+            _tile(launch, coefficients.dtype, activation), x.device,
         )  # fmt: skip
     target.copy_to(y)
     return y
@@ -142,7 +145,7 @@ def backward(
     all_strides = upstream.strides + source.strides + to_x.strides + to_residual.strides
     device = config.device_of(x.device)
     smooth = activation in ("silu", "hardswish")
-    launch = config.launch_for(shape, x.element_size(), all_strides, device, many_registers=smooth)
+    launch = config.launch_for("backward", shape, x.element_size(), all_strides, device, many_registers=smooth)
     slab = config.slab_of(launch, shape, x.element_size(), device) if needs_dx or needs_dresidual else 0
     if slab:
         launch = config.slab_launch(launch, slab, device)
@@ -156,21 +159,26 @@ def backward(
     targets = (to_x.tensor, to_residual.tensor)
     geometry = _geometry(launch, shape)
     strides = _in_vectors(launch.vector, all_strides)
-    values = float(x.numel() // shape.channels)
+    values = (float(x.numel() // shape.channels),)
     tile, sums = _tile(launch, acc, activation), _sums(launch)
     with _on_device(x):
         if slab:
-            kernels_backward.slabs_kernel[(config.slab_programs(launch, slab, device),)](
-                *tensors, dweight, dbias, *targets, workspace, tickets(x.device, 2 + 2 * launch.channel_tiles),
-                *geometry, *strides, launch.channel_tiles, slab, launch.splits, values, **tile, **sums,
+            launcher.launch(
+                kernels_backward.slabs_kernel, (config.slab_programs(launch, slab, device),),
+                (*tensors, dweight, dbias, *targets, workspace, tickets(x.device, 2 + 2 * launch.channel_tiles)),
+                (*geometry, *strides, launch.channel_tiles, slab, launch.splits), values, tile + sums, x.device,
             )  # fmt: skip
         else:
-            kernels_backward.reduce_kernel[launch.grid](
-                *tensors, dweight, dbias, workspace, tickets(x.device, launch.channel_tiles), *geometry, *strides[:4],
-                values, **tile, **sums,
+            launcher.launch(
+                kernels_backward.reduce_kernel, launch.grid,
+                (*tensors, dweight, dbias, workspace, tickets(x.device, launch.channel_tiles)),
+                (*geometry, *strides[:4]), values, tile + sums, x.device,
             )  # fmt: skip
             if needs_dx or needs_dresidual:
-                kernels_backward.apply_kernel[launch.grid](*tensors, *targets, workspace, *geometry, *strides, **tile)
+                launcher.launch(
+                    kernels_backward.apply_kernel, launch.grid, (*tensors, *targets, workspace),
+                    (*geometry, *strides), (), tile, x.device,
+                )  # fmt: skip
     to_x.copy_to(dx)
     to_residual.copy_to(dresidual)
     return dx, dweight, dbias, dresidual
@@ -195,18 +203,20 @@ def _geometry(launch: Launch, shape: Layout) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _tile(launch: Launch, acc: torch.dtype, activation: str | None) -> dict[str, Any]:
+@functools.lru_cache(maxsize=4096)
+def _tile(launch: Launch, acc: torch.dtype, activation: str | None) -> tuple[tuple[str, Any], ...]:
     """The constants of every kernel."""
-    return {
-        "ACC": _ACC[acc], "ACTIVATION": ACTIVATION_CODES[activation], "CHANNELS_LAST": launch.channels_last,
-        "OUTER": launch.outer, "INNER": launch.inner, "VECTOR": launch.vector,
-        "num_warps": launch.num_warps, "maxnreg": launch.max_registers,
-    }  # fmt: skip
+    return (
+        ("ACC", _ACC[acc]), ("ACTIVATION", ACTIVATION_CODES[activation]), ("CHANNELS_LAST", launch.channels_last),
+        ("OUTER", launch.outer), ("INNER", launch.inner), ("VECTOR", launch.vector),
+        ("num_warps", launch.num_warps), ("maxnreg", launch.max_registers),
+    )  # fmt: skip
 
 
-def _sums(launch: Launch) -> dict[str, Any]:
+@functools.lru_cache(maxsize=4096)
+def _sums(launch: Launch) -> tuple[tuple[str, Any], ...]:
     """The constants of kernels that sum."""
-    return {"GROUP": launch.group, "GROUP_ROWS": launch.group_rows, "MERGE_ROWS": config.MERGE_ROWS}
+    return ("GROUP", launch.group), ("GROUP_ROWS", launch.group_rows), ("MERGE_ROWS", config.MERGE_ROWS)
 
 
 def _in_vectors(vector: int, strides: tuple[int, ...]) -> list[int]:

@@ -1,0 +1,75 @@
+"""Launches a Triton kernel without the work that Triton does for each argument at each launch.
+
+``kernel[grid](...)`` looks at every argument's type and value to find the compiled kernel, some 50 us on a slow host.
+Here a compiled kernel is found by what it depends on and nothing else: the dtypes of its pointers and whether all are
+aligned to 16 bytes, its constants, and the device. Sizes and strides are never specialized on (``SIZES``), which is
+what makes that enough.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+ALIGNMENT = 16
+_INT32_MAX = 2**31 - 1
+_VERSIONS = ("3.6", "3.7", "3.8")  # whose compiled kernels are launched as `_start` does it
+_known = triton.__version__.rpartition(".")[0] in _VERSIONS
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    pointers: tuple[Tensor | None, ...],
+    integers: tuple[int, ...],
+    floats: tuple[float, ...],
+    constants: tuple[tuple[str, Any], ...],
+    device: torch.device,
+) -> None:
+    """``kernel[grid](*pointers, *integers, *floats, **dict(constants))``.
+
+    Args:
+        kernel: whose parameters come in this order: pointers, integers, floats, constants. None of its integers may
+            be specialized on (``SIZES``), and its floats have a dtype.
+        grid: programs in each of up to three dimensions.
+        pointers: tensors on ``device``, or None.
+        integers: sizes and strides.
+        floats: all other numbers.
+        constants: the kernel's constexprs and Triton's options, by name.
+        device: the current device.
+    """
+    if device.type != "cuda" or not _known or not isinstance(kernel, JITFunction) or _is_observed():
+        kernel[grid](*pointers, *integers, *floats, **dict(constants))
+        return
+    addresses = [None if t is None else t.data_ptr() for t in pointers]
+    if max(integers) > _INT32_MAX or any(address is not None and address % ALIGNMENT for address in addresses):
+        kernel[grid](*pointers, *integers, *floats, **dict(constants))  # rare, and compiled by which of them it is
+        return
+    key = (kernel, constants, device.index, *[None if t is None else t.dtype for t in pointers])
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*pointers, *integers, *floats, **dict(constants))
+        values = dict(constants)
+        rest = tuple(values[name] for name in kernel.arg_names[len(pointers) + len(integers) + len(floats) :])
+        _compiled[key] = (compiled, rest)
+        return
+    compiled, rest = found
+    compiled.run(
+        grid[0], grid[1] if len(grid) > 1 else 1, 1, torch._C._cuda_getCurrentRawStream(device.index),
+        compiled.function, compiled.packed_metadata, None, None, None, *addresses, *integers, *floats, *rest,
+    )  # fmt: skip
+
+
+def _is_observed() -> bool:
+    """Whether a profiler must hear of each launch."""
+    runtime = triton.knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
