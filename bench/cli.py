@@ -59,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--everyone", action="store_true", help="the peers too")
     compare.set_defaults(run=_compare)
 
+    settings = commands.add_parser("settings", help="which launch settings of the Triton kernels are fastest here")
+    settings.add_argument("out", type=Path, metavar="CSV")
+    settings.add_argument("--seconds", type=float, default=0.05, help="for each candidate (default: %(default)s)")
+    settings.add_argument("--minutes", type=float, default=20.0, help="after which no further layer begins")
+    settings.add_argument("--main", action="store_true", help="bfloat16 channels_last and float32 contiguous only")
+    settings.set_defaults(run=_settings)
+
     bars = commands.add_parser("bars", help="judge a run by the speeds aimed at; exit status 1 if one is missed")
     bars.add_argument("csv", type=Path)
     bars.set_defaults(run=_bars)
@@ -123,6 +130,17 @@ def _compare(arguments: argparse.Namespace) -> int:
     text, slower = compare(arguments.before, arguments.after, arguments.threshold, arguments.everyone)
     print(text)
     return 1 if slower else 0
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("settings are measured on a GPU, and this torch sees none")
+    from .settings import run
+
+    print(run(arguments.out, arguments.seconds, arguments.minutes, arguments.main))
+    return 0
 
 
 def _bars(arguments: argparse.Namespace) -> int:

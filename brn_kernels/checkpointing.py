@@ -76,9 +76,12 @@ class _Log:
         if calls is None and call.graph_task not in self.under_no_grad:
             self.under_no_grad[call.graph_task] = _Calls(maxlen=_NO_GRAD_CALLS_KEPT)
             if call.graph_task != -1:
-                forget = functools.partial(self.under_no_grad.pop, call.graph_task, None)
+                forget = functools.partial(self._forget, call.graph_task)
                 torch.autograd.Variable._execution_engine.queue_callback(forget)
         (self.under_no_grad[call.graph_task] if calls is None else calls).append(call)
+
+    def _forget(self, graph_task: int) -> None:
+        self.under_no_grad.pop(graph_task, None)
 
     def first_run(self, graph_task: int, under_hooks: bool) -> Statistics | None:
         """The statistics of the call that is being run again; None if no such call is known."""

@@ -113,7 +113,8 @@ def stream_kernel(
     first = split * items_per_split
     end = tl.minimum(first + items_per_split, items)
     b_next = load_item(
-        x_ptr, first, end, tile, chunks, outer_size, inner_v, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST, OUTER, INNER
+        x_ptr, first, end, tile, chunks, outer_size, inner_v, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST, OUTER,
+        INNER,
     )  # fmt: skip
     first_count = values_of(first, chunks, outer_size, inner_v * VECTOR, CHANNELS_LAST, OUTER, INNER)
     origin = in_channels(b_next.to(ACC), CHANNELS_LAST) / first_count.to(ACC)
@@ -165,7 +166,7 @@ def load_item(
     x_ptr, item, end, tile, chunks, outer_size, inner_v, x_outer_v, x_channel_v,
     VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """x of a work item as it is stored, (OUTER, INNER); 0 where there is none, and from ``end`` on."""
+    """X of a work item as it is stored, (OUTER, INNER); 0 where there is none, and from ``end`` on."""
     rows, columns, m_exists = locate(item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
     o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
     return tl.load(x_ptr + o_x, mask=m_exists & (item < end), other=0.0)
