@@ -66,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--main", action="store_true", help="bfloat16 channels_last and float32 contiguous only")
     settings.set_defaults(run=_settings)
 
+    profile = commands.add_parser("profile", help="bytes, bandwidth and waits of the kernels, by Nsight Compute")
+    profile.add_argument("out", type=Path, metavar="CSV")
+    profile.set_defaults(run=_profile)
+
     bars = commands.add_parser("bars", help="judge a run by the speeds aimed at; exit status 1 if one is missed")
     bars.add_argument("csv", type=Path)
     bars.set_defaults(run=_bars)
@@ -140,6 +144,13 @@ def _settings(arguments: argparse.Namespace) -> int:
     from .settings import run
 
     print(run(arguments.out, arguments.seconds, arguments.minutes, arguments.main))
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from .profile import run
+
+    print(run(arguments.out))
     return 0
 
 

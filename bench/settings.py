@@ -36,12 +36,8 @@ CANDIDATES = (
 )  # fmt: skip
 SLAB_SHARES = (0.0, 0.25)  # of L2, for the backward
 SHAPES = ((256, 64, 112, 112), (256, 256, 56, 56), (256, 512, 28, 28), (256, 1024, 14, 14))
-KINDS = (
-    ("channels_last", "bfloat16"),
-    ("contiguous", "float32"),
-    ("channels_last", "float32"),
-    ("contiguous", "bfloat16"),
-)
+KINDS = (("channels_last", "bfloat16"), ("contiguous", "float32"))
+OTHER_KINDS = (("channels_last", "float32"), ("contiguous", "bfloat16"))
 
 
 @dataclass(frozen=True)
