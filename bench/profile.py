@@ -20,7 +20,7 @@ import brn_kernels as brn
 
 from .record import machine
 
-KERNELS = ("stream_kernel", "repair_kernel", "reduce_kernel", "apply_kernel", "slabs_kernel")
+KERNELS = ("stream_kernel", "repair_kernel", "reduce_kernel", "apply_kernel", "alone_kernel")
 LAYERS = (
     ((256, 256, 56, 56), "bfloat16", True), ((256, 256, 56, 56), "float32", False),
     ((256, 1024, 14, 14), "bfloat16", True), ((256, 2048, 7, 7), "float32", False),

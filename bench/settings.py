@@ -34,7 +34,6 @@ CANDIDATES = (
     (4, 4, 2), (4, 4, 3), (4, 4, 4), (4, 2, 4), (4, 2, 5), (4, 2, 6), (4, 1, 8), (8, 2, 2), (8, 2, 3), (8, 4, 1),
     (8, 1, 4),
 )  # fmt: skip
-SLAB_SHARES = (0.0, 0.25)  # of L2, for the backward
 SHAPES = ((256, 64, 112, 112), (256, 256, 56, 56), (256, 512, 28, 28), (256, 1024, 14, 14))
 KINDS = (("channels_last", "bfloat16"), ("contiguous", "float32"))
 OTHER_KINDS = (("channels_last", "float32"), ("contiguous", "bfloat16"))
@@ -49,20 +48,17 @@ class Trial:
     dtype: str
     shape: tuple[int, ...]
     settings: Settings
-    slab_share: float
 
     @contextlib.contextmanager
     def chosen(self) -> Iterator[None]:
         """Its settings in the place of the library's."""
-        before, share = dict(config.SETTINGS), config.SLAB_SHARE_OF_L2
+        before = dict(config.SETTINGS)
         config.SETTINGS[self.direction, self.layout == "channels_last"] = self.settings
-        config.SLAB_SHARE_OF_L2 = self.slab_share
         config.launch_for.cache_clear()
         try:
             yield
         finally:
             config.SETTINGS.update(before)
-            config.SLAB_SHARE_OF_L2 = share
             config.launch_for.cache_clear()
 
     def call(self) -> Callable[[], Any]:
@@ -88,11 +84,7 @@ def trials(quick: bool) -> Iterator[list[Trial]]:
     """Those that are compared with each other, together."""
     kinds = KINDS if quick else KINDS + OTHER_KINDS
     for (layout, dtype), shape, direction in itertools.product(kinds, SHAPES, ("forward", "backward")):
-        shares = SLAB_SHARES if direction == "backward" else SLAB_SHARES[-1:]
-        yield [
-            Trial(direction, layout, dtype, shape, Settings(*candidate), share)
-            for candidate, share in itertools.product(CANDIDATES, shares)
-        ]
+        yield [Trial(direction, layout, dtype, shape, Settings(*candidate)) for candidate in CANDIDATES]
 
 
 def run(out: Path, seconds: float, minutes: float, quick: bool) -> Path:
@@ -112,7 +104,7 @@ def run(out: Path, seconds: float, minutes: float, quick: bool) -> Path:
     with out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([
-            "direction", "layout", "dtype", "shape", "warps", "accesses", "programs", "slab_share", "p50_us",
+            "direction", "layout", "dtype", "shape", "warps", "accesses", "programs", "p50_us",
             "percent_of_copy", *about,
         ])  # fmt: skip
         for group in tqdm(groups, unit="layer"):
@@ -141,7 +133,7 @@ def _measure(group: list[Trial], seconds: float) -> list[list[Any]]:
     passes = 2 if group[0].direction == "forward" else 5
     return [
         [t.direction, t.layout, t.dtype, "x".join(map(str, t.shape)), t.settings.warps, t.settings.accesses,
-         t.settings.programs, t.slab_share, f"{time.p50:.2f}", f"{100 * copy * passes / 2 / time.p50:.1f}"]
+         t.settings.programs, f"{time.p50:.2f}", f"{100 * copy * passes / 2 / time.p50:.1f}"]
         for t, time in times.items()
     ]  # fmt: skip
 

@@ -34,7 +34,7 @@ from brn_kernels.backends.triton import kernels_backward, kernels_forward, launc
 ARCHITECTURES = (80, 90, 100)
 KERNELS = {
     kernels_forward: ("stream_kernel", "repair_kernel"),
-    kernels_backward: ("reduce_kernel", "apply_kernel", "slabs_kernel"),
+    kernels_backward: ("reduce_kernel", "apply_kernel", "alone_kernel"),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 TRITON_TYPES = {
@@ -53,14 +53,14 @@ OTHER_CALLS: dict[str, dict[str, Any]] = {
     "half parameters and statistics": dict.fromkeys(("weight", "bias", "running_mean", "running_var"), HALF),
     "no weight, no bias": {"weight": None, "bias": None},
 }
-# (N, C, H, W) and whether it is channels_last: what distinguishes launches is the tile, the vector and the slab
+# (N, C, H, W) and whether it is channels_last: what distinguishes launches is the tile, the vector and the splits
 SHAPES = {
     "channels_last": ((256, 256, 56, 56), True),
-    "channels_last, slabs": ((256, 1024, 14, 14), True),
+    "channels_last, one launch": ((2, 1024, 7, 7), True),
     "channels_last, 24 channels": ((64, 24, 56, 56), True),
     "channels_last, 2^32 rows": ((2**15, 8, 256, 512), True),
     "contiguous 56x56": ((256, 64, 56, 56), False),
-    "contiguous 28x28, slabs": ((256, 512, 28, 28), False),
+    "contiguous 28x28": ((256, 512, 28, 28), False),
     "contiguous 7x7": ((256, 2048, 7, 7), False),
 }
 BULK = {"x_ptr", "dy_ptr", "residual_ptr", "y_ptr", "dx_ptr", "dresidual_ptr"}  # what else is read is small

@@ -84,8 +84,26 @@ def tiny_tiles(monkeypatch):
     monkeypatch.setattr(config, "SETTINGS", dict.fromkeys(config.SETTINGS, config.Settings(1, 1, 3)))
     monkeypatch.setattr(config, "MAX_INNER_CHANNELS_LAST", 8)
     monkeypatch.setattr(config, "MIN_INNER_CONTIGUOUS", 8)
-    monkeypatch.setattr(config, "MERGE_ROWS", 2)
-    monkeypatch.setattr(config, "device_of", lambda _: config.Device(multiprocessors=7, l2_bytes=50 * 2**20))
-    config.launch_for.cache_clear()
+    monkeypatch.setattr(config, "MERGED_BYTES", 128)
+    monkeypatch.setattr(config, "multiprocessors_of", lambda _: 7)
+    monkeypatch.setattr(config, "ITEMS_WITHOUT_SPLIT", 0)
+    _forget_launches()
     yield
-    config.launch_for.cache_clear()
+    _forget_launches()
+
+
+def _forget_launches():
+    from brn_kernels.backends.triton import config, launch
+
+    for remembering in (config.launch_for, launch._tile, launch._sums):
+        remembering.cache_clear()
+
+
+@pytest.fixture(params=["two launches", "one launch"])
+def launches(request, tiny_tiles, monkeypatch):
+    """With tiny tiles, whole channels in one program or in several."""
+    from brn_kernels.backends.triton import config
+
+    if request.param == "one launch":
+        monkeypatch.setattr(config, "ITEMS_WITHOUT_SPLIT", 10**9)
+    return request.param

@@ -19,7 +19,7 @@ from brn_kernels.backends import layout, reference
 
 pytest.importorskip("triton")
 from brn_kernels.backends import triton as kernels  # noqa: E402
-from brn_kernels.backends.triton import config, kernels_backward, launch  # noqa: E402
+from brn_kernels.backends.triton import config, kernels_backward, kernels_forward, launch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -39,9 +39,9 @@ def test_several_tiles_and_splits(tiny_tiles, device, channels_last, activation,
 
 
 def test_the_tiny_tiles_are_several(tiny_tiles):
-    rows = config.launch_for("forward", layout.Layout(True, 600, 19, 19), 8, (19,), config.device_of(None))
+    rows = config.launch_for("forward", layout.Layout(True, 600, 19, 19), 8, (19,), 7)
     assert rows.channel_tiles > 1 and rows.splits > 2 and rows.items_per_split > 2
-    planes = config.launch_for("forward", layout.Layout(False, 90, 3, 41), 8, (123, 41), config.device_of(None))
+    planes = config.launch_for("forward", layout.Layout(False, 90, 3, 41), 8, (123, 41), 7)
     assert planes.chunks > 1 and planes.splits > 1 and planes.items_per_split > planes.chunks
 
 
@@ -52,9 +52,8 @@ def test_the_tiny_tiles_are_several(tiny_tiles):
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_launches_cover_everything_once(channels_last, outer, channels, positions, itemsize, multiprocessors):
     shape = layout.Layout(channels_last, outer, channels, channels if channels_last else positions)
-    device = config.Device(multiprocessors, 50 * 2**20)
     strides = (channels,) if channels_last else (channels * positions, positions)
-    it = config.launch_for("forward", shape, itemsize, strides, device)
+    it = config.launch_for("forward", shape, itemsize, strides, multiprocessors)
     assert it.outer & (it.outer - 1) == 0 and it.inner & (it.inner - 1) == 0 and it.inner >= 8
     assert it.items == -(-shape.outer // it.outer) * it.chunks
     assert (it.splits - 1) * it.items_per_split < it.items <= it.splits * it.items_per_split
@@ -65,11 +64,6 @@ def test_launches_cover_everything_once(channels_last, outer, channels, position
     else:
         assert it.channel_tiles == channels and it.chunks * it.inner >= positions
     assert it.outer * it.inner * itemsize <= 16 * it.num_warps * 32 * config.SETTINGS["forward", channels_last].accesses
-    slab = config.slab_of(it, shape, itemsize, device)
-    if slab:
-        slabs = config.slab_launch(it, slab, device)
-        assert 1 <= slab < it.channel_tiles
-        assert (slabs.splits - 1) * slabs.items_per_split < slabs.items <= slabs.splits * slabs.items_per_split
 
 
 # -- prediction
@@ -109,13 +103,10 @@ def test_y_does_not_share_the_memory_of_x(device, channels_last):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("slabs", [False, True], ids=["two launches", "slabs"])
-def test_counters_are_left_at_zero(tiny_tiles, monkeypatch, device, channels_last, slabs):
+def test_counters_are_left_at_zero(launches, monkeypatch, device, channels_last):
     """They are shared by all launches of a stream: a counter left standing would break the next."""
     counters = torch.zeros(4096, dtype=torch.int32, device=device)
     monkeypatch.setattr(launch, "tickets", lambda *_: counters)
-    if slabs:
-        monkeypatch.setattr(config, "slab_of", lambda *_: 2)
     arguments = call(device, channels_last=channels_last, residual=True, activation="relu")
     first = run(kernels, arguments)
     assert not counters.any()
@@ -124,50 +115,32 @@ def test_counters_are_left_at_zero(tiny_tiles, monkeypatch, device, channels_las
     assert all(torch.equal(first[name], second[name]) for name in ("y", "dx", "dweight"))
 
 
-# -- slabs
+# -- one launch
 
 
 @LAYOUTS
-@pytest.mark.parametrize("slab", [1, 2, 3])
 @pytest.mark.parametrize("activation, residual", [(None, False), ("relu", True), ("hardswish", False)], ids=str)
-def test_slabs_equal_two_launches(tiny_tiles, monkeypatch, device, channels_last, slab, activation, residual):
+def test_one_launch_gives_what_two_give(launches, monkeypatch, device, channels_last, activation, residual):
     arguments = call(
-        device, (9, 21, 5, 3), channels_last=channels_last, activation=activation, residual=residual
+        device, (30, 7, 5, 3), channels_last=channels_last, activation=activation, residual=residual
     )  # fmt: skip
-    expected = run(reference, arguments)
-    monkeypatch.setattr(config, "slab_of", lambda *_: slab)
-    launches = []
-    monkeypatch.setattr(kernels_backward, "slabs_kernel", spy(kernels_backward.slabs_kernel, launches))
+    arguments["clipped"] = (torch.arange(7) % 3 == 0).to(device)
+    expected, launched = run(reference, arguments), []
+    for module, names in (
+        (kernels_forward, ("stream_kernel", "repair_kernel")),
+        (kernels_backward, ("reduce_kernel", "apply_kernel", "alone_kernel")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, spy(getattr(module, name), launched))
     assert_same(run(kernels, arguments), expected)
-    assert len(launches) == 1
+    assert len(launched) == (2 if launches == "one launch" else 4)
 
 
-def test_slabs_are_used_where_one_fits_l2_and_all_do_not():
-    h200 = config.Device(132, 50 * 2**20)
-    chosen = {}
-    for channels, size in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)):
-        shape = layout.Layout(True, 256 * size * size, channels, channels)
-        chosen[size] = config.slab_of(config.launch_for("backward", shape, 2, (channels,), h200), shape, 2, h200)
-    assert chosen[14] > 0 and chosen[7] > 0, "one slab fits"
-    assert chosen[112] == 0, "one channel tile is larger than L2"
-    small = layout.Layout(True, 1000, 256, 256)
-    assert config.slab_of(config.launch_for("backward", small, 2, (256,), h200), small, 2, h200) == 0, "everything fits"
-
-
-@pytest.mark.parametrize("slabs, pieces", [(2, 1), (2, 6), (5, 3)])
-def test_ticket_order_waits_only_for_what_was_claimed_before(slabs, pieces):
-    """The order that ``slabs_kernel`` decodes: an apply comes after every reduce of its slab."""
-    order = []
-    for ticket in range(2 * slabs * pieces):
-        phase = ticket // pieces
-        last = phase == 2 * slabs - 1
-        is_apply = last or (phase > 0 and phase % 2 == 0)
-        slab = slabs - 1 if last else (phase // 2 - 1 if is_apply else (phase + 1) // 2)
-        order.append((is_apply, slab, ticket % pieces))
-    assert len(set(order)) == 2 * slabs * pieces
-    for position, (is_apply, slab, _) in enumerate(order):
-        if is_apply:
-            assert sum(not a and s == slab for a, s, _ in order[:position]) == pieces
+def test_one_launch_where_there_is_little_to_do_or_a_program_for_each_channel():
+    few = config.launch_for("forward", layout.Layout(True, 100, 64, 64), 4, (64,), 132)
+    many = config.launch_for("forward", layout.Layout(False, 256, 2112, 196), 4, (196, 196 * 2112), 132)
+    large = config.launch_for("forward", layout.Layout(True, 10**6, 64, 64), 4, (64,), 132)
+    assert few.alone and many.alone and not large.alone
 
 
 # -- what is needed
@@ -175,12 +148,7 @@ def test_ticket_order_waits_only_for_what_was_claimed_before(slabs, pieces):
 
 @LAYOUTS
 @pytest.mark.parametrize("needs_dx, needs_dresidual", [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("slabs", [False, True], ids=["two launches", "slabs"])
-def test_only_the_gradients_that_are_needed(
-    tiny_tiles, monkeypatch, device, channels_last, needs_dx, needs_dresidual, slabs
-):
-    if slabs:
-        monkeypatch.setattr(config, "slab_of", lambda *_: 1)
+def test_only_the_gradients_that_are_needed(launches, device, channels_last, needs_dx, needs_dresidual):
     arguments = call(device, channels_last=channels_last, residual=True, activation="relu")
     wanted = {"needs_dx": needs_dx, "needs_dresidual": needs_dresidual}
     ours, truth = run(kernels, arguments, **wanted), run(reference, arguments, **wanted)

@@ -9,7 +9,7 @@ from triton_calls import CLOSED, LAYOUTS, call, spy
 
 pytest.importorskip("triton")
 from brn_kernels.backends import triton as kernels  # noqa: E402
-from brn_kernels.backends.triton import config, launch  # noqa: E402
+from brn_kernels.backends.triton import launch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -60,7 +60,7 @@ def traffic(monkeypatch, device):
 @pytest.mark.parametrize(
     "schedule, reads_of_x", [([1e9, 1e9, 0.0, 0.0, 0.0], 1), (CLOSED, 2)], ids=["unclipped", "closed"]
 )
-def test_forward_traffic(tiny_tiles, traffic, device, channels_last, schedule, reads_of_x):
+def test_forward_traffic(launches, traffic, device, channels_last, schedule, reads_of_x):
     """Unclipped: one read and one write. While the limits are closed: two reads and one write."""
     arguments = call(device, (6, 16, 5, 3), channels_last=channels_last, schedule=schedule)
     y, _, _ = kernels.forward(**arguments)
@@ -70,7 +70,7 @@ def test_forward_traffic(tiny_tiles, traffic, device, channels_last, schedule, r
 
 
 @LAYOUTS
-def test_forward_traffic_with_a_residual(tiny_tiles, traffic, device, channels_last):
+def test_forward_traffic_with_a_residual(launches, traffic, device, channels_last):
     schedule = [1e9, 1e9, 0.0, 0.0, 0.0]
     shape = (6, 16, 4, 4)  # no padding of the bits
     arguments = call(device, shape, channels_last=channels_last, schedule=schedule, residual=True, activation="relu")
@@ -82,7 +82,7 @@ def test_forward_traffic_with_a_residual(tiny_tiles, traffic, device, channels_l
 
 
 @LAYOUTS
-def test_only_clipped_channels_are_read_again(tiny_tiles, traffic, device, channels_last):
+def test_only_clipped_channels_are_read_again(launches, traffic, device, channels_last):
     """In channels_last by eights, so that accesses stay 16 bytes wide."""
     arguments = call(device, (6, 32, 5, 3), channels_last=channels_last, schedule=[30.0, 30.0, 0.0, 0.0, 0.0])
     arguments["running_var"][11] = 1e-6  # r is far over its limit there
@@ -96,11 +96,8 @@ def test_only_clipped_channels_are_read_again(tiny_tiles, traffic, device, chann
 
 
 @LAYOUTS
-@pytest.mark.parametrize("slabs", [False, True], ids=["two launches", "slabs"])
-def test_backward_traffic(tiny_tiles, monkeypatch, traffic, device, channels_last, slabs):
-    """Four reads and one write; the second reads from L2 where slabs fit it."""
-    if slabs:
-        monkeypatch.setattr(config, "slab_of", lambda *_: 1)
+def test_backward_traffic(launches, traffic, device, channels_last):
+    """Four reads and one write."""
     shape = (6, 16, 4, 4)
     arguments = call(device, shape, channels_last=channels_last, residual=True, activation="relu")
     y, saved, bits = kernels.forward(**arguments)

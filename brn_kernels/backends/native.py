@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,21 +40,29 @@ def _load() -> dict[str, str | None]:
     if isinstance(built, str):
         return {"cpu": built, "cuda": built}
     missing: dict[str, str | None] = {"cpu": None, "cuda": None}
-    try:
-        torch.ops.load_library(built.cpu)
-    except OSError as error:
-        reason = f"{built.cpu} cannot be loaded: {error}"
+    if reason := _cannot_load(built.cpu):
         return {"cpu": reason, "cuda": reason}
     if built.cuda is None:
         missing["cuda"] = "built without CUDA: run `brn build --cuda`"
     elif torch.version.cuda is None:
         missing["cuda"] = "this PyTorch has no CUDA"
     else:
-        try:
-            torch.ops.load_library(built.cuda)
-        except OSError as error:
-            missing["cuda"] = f"{built.cuda} cannot be loaded: {error}"
+        # linked with no library of CUDA's, so that a torch without can build it: what it calls must be there already
+        missing["cuda"] = _cannot_load(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so", of_torch=True)
+        missing["cuda"] = missing["cuda"] or _cannot_load(built.cuda)
     return missing
+
+
+def _cannot_load(library: Path, of_torch: bool = False) -> str | None:
+    """Load it; if that fails, why. ``of_torch``: for what is loaded after it to call, not for operators."""
+    try:
+        if of_torch:
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        else:
+            torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library} cannot be loaded: {error.__cause__ or error}"
+    return None
 
 
 def forward(

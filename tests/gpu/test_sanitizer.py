@@ -28,21 +28,21 @@ for shape in [(5, 19), (3, 24, 9, 7), (8, 72, 7, 7), (2, 3, 65, 33)]:
                     y.backward(torch.randn_like(y))
 torch.cuda.synchronize()
 """
-SLABS = """
-from brn_kernels.backends.triton import config
-config.slab_of = lambda *_: 2
-"""
+VARIANTS = {
+    "two launches": "from brn_kernels.backends.triton import config; config.ITEMS_WITHOUT_SPLIT = 0\n",
+    "one launch": "from brn_kernels.backends.triton import config; config.ITEMS_WITHOUT_SPLIT = 10**9\n",
+}
 
 
-@pytest.mark.parametrize("variant", ["two launches", "slabs"])
+@pytest.mark.parametrize("variant", ["two launches", "one launch"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_compute_sanitizer(tool, variant, kernels):
-    if kernels == "native" and variant == "slabs":
-        pytest.skip("only the Triton kernels have slabs")
+    if kernels == "native" and variant == "one launch":
+        pytest.skip("only the Triton kernels have this")
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    script = (SLABS if variant == "slabs" else "") + SCRIPT
+    script = VARIANTS[variant] + SCRIPT
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", script, kernels]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or an overrun lands in the cache's own memory
     run = subprocess.run(command, capture_output=True, text=True, timeout=560, env=environment)

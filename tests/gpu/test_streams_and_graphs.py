@@ -116,7 +116,7 @@ def test_two_streams_at_once_equal_one_after_the_other():
 @pytest.mark.parametrize("shape", [(256, 256, 14, 14), (64, 24, 33, 31), (256, 1024, 14, 14)], ids=str)
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 def test_the_same_bits_in_100_runs_beside_other_work(shape, channels_last):
-    """The last shape is applied slab by slab. Other work changes which program arrives last."""
+    """Other work changes which program arrives last."""
     x, dy = batch(0, shape=shape, channels_last=channels_last), batch(1, shape=shape, channels_last=channels_last)
     start = Block(shape[1]).cuda()
     load, side = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()

@@ -43,31 +43,21 @@ class Settings:
 # By direction and whether the layout is channels_last
 SETTINGS = {
     ("forward", True): Settings(warps=4, accesses=4, programs=3),
-    ("forward", False): Settings(warps=4, accesses=4, programs=3),
+    ("forward", False): Settings(warps=4, accesses=4, programs=4),
     ("backward", True): Settings(warps=4, accesses=4, programs=3),
-    ("backward", False): Settings(warps=4, accesses=4, programs=3),
+    ("backward", False): Settings(warps=4, accesses=2, programs=5),
 }
-# Narrow accesses, packing bits, and the derivatives of smooth activations need more registers
+# Narrow accesses, float64, packing bits, and the derivatives of smooth activations need more registers
 PROGRAMS_OF_MANY_REGISTERS = 2
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
 MIN_INNER = 8  # a byte of packed bits
 MIN_INNER_CONTIGUOUS = 64
 MAX_DEAD_LANES = 0.125  # of a contiguous tile, beyond the end of a plane
-MERGE_ROWS = 16  # partial results a finishing program reads at a time
+MERGED_BYTES = 4096  # of partial results that a finishing program reads at a time: each time costs a trip to L2
 
 MAX_WAVES = 8  # of programs
-
-# Two slabs are in flight (one applied while the next is reduced), and what is written passes through L2 too.
-SLAB_SHARE_OF_L2 = 0.25
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the settings depend on, of a GPU."""
-
-    multiprocessors: int
-    l2_bytes: int
+ITEMS_WITHOUT_SPLIT = 4  # worked through sooner than another launch would start
 
 
 @dataclass(frozen=True)
@@ -90,9 +80,18 @@ class Launch:
     num_warps: int
 
     @property
+    def alone(self) -> bool:
+        """Whether each program has all values of its channels: one launch does for a direction."""
+        return self.splits == 1
+
+    @property
     def grid(self) -> tuple[int, int]:
         """One program for each channel tile and split."""
         return self.channel_tiles, self.splits
+
+    def merge_rows(self, itemsize: int) -> int:
+        """Splits whose partial results, of ``itemsize`` bytes, a finishing program reads at a time."""
+        return max(1, min(512, MERGED_BYTES // (itemsize * (self.inner if self.channels_last else 1))))
 
     @property
     def padded_channels(self) -> int:
@@ -101,12 +100,9 @@ class Launch:
 
 
 @functools.cache
-def device_of(device: torch.device) -> Device:
-    """The GPU's numbers; those of an H200 where there is none (interpreter, compile check)."""
-    if device.type != "cuda":
-        return Device(multiprocessors=132, l2_bytes=50 * 2**20)
-    properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.L2_cache_size)
+def multiprocessors_of(device: torch.device) -> int:
+    """The GPU's; those of an H200 where there is none (interpreter, compile check)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @functools.lru_cache(maxsize=4096)
@@ -115,7 +111,7 @@ def launch_for(
     layout: Layout,
     itemsize: int,
     strides: tuple[int, ...],
-    device: Device,
+    multiprocessors: int,
     many_registers: bool = False,
 ) -> Launch:
     """The settings for one pass over tensors of this layout.
@@ -125,13 +121,13 @@ def launch_for(
         layout: of all tensors of the pass.
         itemsize: bytes of an element.
         strides: every stride, in elements, that a kernel multiplies a row or a channel with.
-        device: where it runs.
+        multiprocessors: of the GPU it runs on.
         many_registers: the kernel packs bits, or computes a smooth activation's derivative.
     """
     settings = SETTINGS[direction, layout.channels_last]
     access = max(1, ACCESS_BYTES // itemsize)
     vector = _common_vector(access, (layout.inner, *strides))
-    if vector < access or many_registers:
+    if many_registers or vector < access or itemsize == 8:
         settings = dataclasses.replace(settings, programs=PROGRAMS_OF_MANY_REGISTERS)
     per_thread = settings.accesses * access if vector == access else min(settings.accesses * access, MAX_NARROW)
     elements = settings.warps * 32 * per_thread
@@ -143,7 +139,7 @@ def launch_for(
         channel_tiles, chunks = layout.channels, -(-layout.inner // inner)
     outer = min(elements // inner, _power_of_2(layout.outer))
     items = -(-layout.outer // outer) * chunks
-    items_per_split, splits = _split(items, channel_tiles, device.multiprocessors * settings.programs)
+    items_per_split, splits = _split(items, channel_tiles, multiprocessors * settings.programs)
     group_rows = layout.channels_last or vector < access
     return Launch(
         channels_last=layout.channels_last,
@@ -163,35 +159,14 @@ def launch_for(
     )
 
 
-def slab_of(launch: Launch, layout: Layout, itemsize: int, device: Device) -> int:
-    """Channel tiles to reduce and apply back to back, so that the second read comes from L2; 0 where that cannot pay.
-
-    It cannot where x and dy fit L2 as a whole (then they are still there anyway), nor where one channel tile does not.
-    """
-    tile_bytes = 2 * itemsize * layout.outer * (launch.inner if launch.channels_last else layout.inner)
-    room = int(SLAB_SHARE_OF_L2 * device.l2_bytes)
-    if tile_bytes * launch.channel_tiles <= room or tile_bytes > room:
-        return 0
-    return room // tile_bytes
-
-
-def slab_launch(launch: Launch, slab: int, device: Device) -> Launch:
-    """The same with as many splits as let ``slab`` channel tiles occupy the whole GPU."""
-    items_per_split, splits = _split(launch.items, slab, device.multiprocessors * launch.programs)
-    return dataclasses.replace(launch, items_per_split=items_per_split, splits=splits)
-
-
-def slab_programs(launch: Launch, slab: int, device: Device) -> int:
-    """Programs that work through the slabs: as many as fit the GPU, or fewer if there is less to do."""
-    return min(device.multiprocessors * launch.programs, slab * launch.splits)
-
-
 def _split(items: int, tiles_at_once: int, programs: int) -> tuple[int, int]:
     """Items of a split, and splits of a channel tile, such that the last wave of programs ends soonest.
 
     Each wave is ``programs`` programs; a program costs one item more than it has, since it starts with nothing in
     flight. Of equal costs the fewest splits: they are merged in the end.
     """
+    if items <= ITEMS_WITHOUT_SPLIT:
+        return items, 1
     best = (math.inf, 0, 0)
     for waves in range(1, MAX_WAVES + 1):
         wanted = max(1, min(waves * programs // tiles_at_once, items))

@@ -1,4 +1,4 @@
-"""The backward: ``reduce_kernel`` then ``apply_kernel``, or both at once slab by slab: ``slabs_kernel``.
+"""The backward: ``reduce_kernel`` then ``apply_kernel``, or both at once where there is one split: ``alone_kernel``.
 
 With dy' the gradient behind the activation and x_bn = (x - batch_mean) * inv_std::
 
@@ -119,7 +119,7 @@ def finish_sums(
     o_padded = tile * CT + tl.arange(0, CT)
     partial_s1 = tl.zeros([MERGE_ROWS, CT], ACC)
     partial_s2 = tl.zeros([MERGE_ROWS, CT], ACC)
-    for start in range(0, splits, MERGE_ROWS):
+    for start in tl.range(0, splits, MERGE_ROWS, loop_unroll_factor=2):
         o_splits = start + tl.arange(0, MERGE_ROWS)
         p_s1 = workspace_ptr + ((2 + o_splits) * padded)[:, None] + o_padded[None, :]
         m_splits = (o_splits < splits)[:, None]
@@ -213,62 +213,31 @@ def apply_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def slabs_kernel(
+def alone_kernel(
     dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr, dx_ptr, dresidual_ptr,
-    workspace_ptr, tickets_ptr,  # tickets: next piece of work, programs done, arrivals and readiness of each tile
+    workspace_ptr,
     outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
-    channel_tiles, tiles_per_slab, splits, values: tl.float64,
+    values: tl.float64,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    VECTOR: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Any one-dimensional grid: each program claims pieces of work by an increasing ticket until there are none.
-
-    The order of the pieces: reduce slab 0, reduce 1, apply 0, reduce 2, apply 1, ... Whatever a piece waits for was
-    claimed before it, by a program that runs and itself waits for nothing later: no program need be resident for
-    another to finish. While a slab is applied from L2 the next one is reduced, so that the wait is short.
-    """
-    p_next = tickets_ptr
-    p_done = tickets_ptr + 1
-    p_arrived = tickets_ptr + 2
-    p_ready = p_arrived + channel_tiles
-    pieces = tiles_per_slab * splits  # of one slab, to reduce; as many to apply
-    slabs = (channel_tiles + tiles_per_slab - 1) // tiles_per_slab
-    ticket = tl.atomic_add(p_next, 1, sem="relaxed", scope="gpu")
-    while ticket < 2 * slabs * pieces:
-        phase = ticket // pieces
-        is_apply = (phase == 2 * slabs - 1) | ((phase > 0) & (phase % 2 == 0))
-        slab = tl.where(phase == 2 * slabs - 1, slabs - 1, tl.where(is_apply, phase // 2 - 1, (phase + 1) // 2))
-        tile = slab * tiles_per_slab + (ticket % pieces) // splits
-        split = (ticket % pieces) % splits
-        if tile < channel_tiles:
-            if is_apply:
-                while tl.atomic_add(p_ready + tile, 0, sem="acquire", scope="gpu") == 0:
-                    pass
-                tl.debug_barrier()
-                apply_split(
-                    tile, split, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr,
-                    workspace_ptr, outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
-                    dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v,
-                    dresidual_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
-                )  # fmt: skip
-            else:
-                reduce_split(
-                    tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr,
-                    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, dy_outer_v,
-                    dy_channel_v, x_outer_v, x_channel_v,
-                    ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS, VECTOR,
-                )  # fmt: skip
-                if arrive(p_arrived + tile, splits):
-                    finish_sums(
-                        tile, splits, saved_ptr, dweight_ptr, dbias_ptr, workspace_ptr, channels, padded, values,
-                        ACC, CHANNELS_LAST, INNER, MERGE_ROWS,
-                    )  # fmt: skip
-                    tl.debug_barrier()
-                    tl.atomic_add(p_ready + tile, 1, sem="release", scope="gpu")
-        ticket = tl.atomic_add(p_next, 1, sem="relaxed", scope="gpu")
-    if tl.atomic_add(p_done, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:  # the last: leave zeros
-        tl.store(p_next, 0)
-        tl.store(p_done, 0)
-        for tile in range(0, channel_tiles):
-            tl.store(p_ready + tile, 0)
+    """Grid (channel tiles, 1): with one split a program has all of its channels' values and need wait for no other."""
+    tile = tl.program_id(0)
+    reduce_split(
+        tile, 0, 1, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr, outer_size, channels,
+        inner_v, chunks, items, items_per_split, padded, row_bytes, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS, VECTOR,
+    )  # fmt: skip
+    tl.debug_barrier()
+    finish_sums(
+        tile, 1, saved_ptr, dweight_ptr, dbias_ptr, workspace_ptr, channels, padded, values,
+        ACC, CHANNELS_LAST, INNER, MERGE_ROWS,
+    )  # fmt: skip
+    tl.debug_barrier()
+    apply_split(
+        tile, 0, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, workspace_ptr,
+        outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, dy_outer_v, dy_channel_v,
+        x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
+        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+    )  # fmt: skip

@@ -14,7 +14,7 @@ SIZES = (
     "outer_size", "channels", "inner_v", "chunks", "items", "items_per_split", "padded", "row_bytes",
     "x_outer_v", "x_channel_v", "y_outer_v", "y_channel_v", "residual_outer_v", "residual_channel_v",
     "dy_outer_v", "dy_channel_v", "dx_outer_v", "dx_channel_v", "dresidual_outer_v", "dresidual_channel_v",
-    "channel_tiles", "tiles_per_slab", "splits", "hold", "r_ramp", "d_ramp",
+    "hold", "r_ramp", "d_ramp",
 )  # fmt: skip
 
 # An activation as the kernels know it.

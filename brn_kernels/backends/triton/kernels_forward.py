@@ -84,9 +84,11 @@ def stream_kernel(
     r_max: tl.float64, d_max: tl.float64, momentum: tl.float64, eps: tl.float64, values: tl.float64,
     ACC: tl.constexpr, CUMULATIVE: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr,
-    MERGE_ROWS: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, splits): statistics, and y where it is predicted not to be clipped.
+
+    ``ALONE``: there is one split, so that a program has all of its channels' values and does the repair itself.
 
     A split's sums are taken about the mean of its first item, ``origin``. That mean is of a k-th of the values, so its
     square distance from the mean of all is at most k variances: what cancels in s2 - s1^2 / count is bounded, however
@@ -152,13 +154,27 @@ def stream_kernel(
     tl.store(p_partials + split * padded, b_count)
     tl.store(p_partials + (splits + split) * padded, origin + s1_total / b_count)
     tl.store(p_partials + (2 * splits + split) * padded, m2)
-    if arrive(tickets_ptr + tile, splits):
+    is_last = True
+    if not ALONE:
+        is_last = arrive(tickets_ptr + tile, splits)
+    if is_last:
         finish(
             p_partials, splits, padded, predicted, o_channels, m_channels, o_padded, tile,
             running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, saved_ptr,
             workspace_ptr, channels, r_max, d_max, hold, r_ramp, d_ramp, momentum, eps, values,
             ACC, CUMULATIVE, CHANNELS_LAST, CT, MERGE_ROWS,
         )  # fmt: skip
+    if ALONE:
+        tl.debug_barrier()
+        repair(
+            tile, split, x_ptr, residual_ptr, y_ptr, bits_ptr, workspace_ptr,
+            outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+            x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
+            ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+        )  # fmt: skip
+        if counter_ptr is not None:
+            if arrive(tickets_ptr, tl.num_programs(0)):
+                tl.store(counter_ptr, tl.load(counter_ptr) + 1)
 
 
 @triton.jit
@@ -232,7 +248,7 @@ def finish(
     total = tl.zeros([MERGE_ROWS, CT], ACC)
     weighted = tl.zeros([MERGE_ROWS, CT], ACC)
     origin = tl.load(p_partials + splits * padded, cache_modifier=".cg")  # close to the mean: fewer digits lost
-    for start in range(0, splits, MERGE_ROWS):
+    for start in tl.range(0, splits, MERGE_ROWS, loop_unroll_factor=2):
         o_splits = start + tl.arange(0, MERGE_ROWS)
         p_count = p_partials[None, :] + (o_splits * padded)[:, None]
         m_splits = (o_splits < splits)[:, None]
@@ -243,7 +259,7 @@ def finish(
     m_values = number(values, ACC)
     batch_mean = origin + tl.sum(weighted, 0) / tl.sum(total, 0)
     squares = tl.zeros([MERGE_ROWS, CT], ACC)
-    for start in range(0, splits, MERGE_ROWS):
+    for start in tl.range(0, splits, MERGE_ROWS, loop_unroll_factor=2):
         o_splits = start + tl.arange(0, MERGE_ROWS)
         p_count = p_partials[None, :] + (o_splits * padded)[:, None]
         m_splits = (o_splits < splits)[:, None]
@@ -316,10 +332,26 @@ def repair_kernel(
     OUTER: tl.constexpr, INNER: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, splits): y of the channels that the stream kernel left out or wrote wrongly."""
-    tile, split = tl.program_id(0), tl.program_id(1)
     if counter_ptr is not None:
-        if (tile == 0) & (split == 0):
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+    repair(
+        tl.program_id(0), tl.program_id(1), x_ptr, residual_ptr, y_ptr, bits_ptr, workspace_ptr,
+        outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+        x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
+        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+    )  # fmt: skip
+
+
+@triton.jit
+def repair(
+    tile, split, x_ptr, residual_ptr, y_ptr, bits_ptr, workspace_ptr,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Y of one split of a channel tile, of its channels that were left out or written wrongly."""
     # What is repaired is masked in eights: a mask of shape (.., 8, 1) keeps the accesses of the 8 whole
     if CHANNELS_LAST:
         o_groups = tile * (INNER // 8) + tl.arange(0, INNER // 8)

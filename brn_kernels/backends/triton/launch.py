@@ -1,4 +1,4 @@
-"""From tensors to kernel launches: two for a forward, two or one for a backward."""
+"""From tensors to kernel launches: two for each direction, or one where a program has whole channels to itself."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def forward(
     activation: str | None,
     coefficients: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``reference.forward`` in two launches."""
+    """``reference.forward`` in two launches, or in one."""
     if not is_fused(x, residual, mask, activation):
         return reference.forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
@@ -58,10 +58,10 @@ def forward(
     source, extra = readable(x, shape), readable(residual, shape)
     y = torch.empty_like(x)
     target = writable(y, shape)
-    device = config.device_of(x.device)
+    multiprocessors = config.multiprocessors_of(x.device)
     all_strides = source.strides + extra.strides + target.strides
     kept = reference.keeps_bits(residual, activation)
-    launch = config.launch_for("forward", shape, x.element_size(), all_strides, device, many_registers=kept)
+    launch = config.launch_for("forward", shape, x.element_size(), all_strides, multiprocessors, many_registers=kept)
 
     acc = reference.statistics_dtype(x)
     saved = torch.empty(4, shape.channels, dtype=acc, device=x.device)
@@ -72,7 +72,7 @@ def forward(
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
     bits_or_none = bits if kept else None
     strides = _in_vectors(launch.vector, all_strides)
-    tile, sums = _tile(launch, acc, activation), _sums(launch)
+    tile, sums = _tile(launch, acc, activation), _sums(launch, acc)
     integers, hold_and_ramps = (*_geometry(launch, shape), *strides), (int(hold), int(r_ramp), int(d_ramp))
     floats = (r_max, d_max, 0.0 if momentum is None else momentum, eps, float(x.numel() // shape.channels))
     with _on_device(x):
@@ -81,13 +81,16 @@ def forward(
             (source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
              _as_bytes(dense_clipped), num_batches_tracked, limits, saved, workspace,
              tickets(x.device, launch.channel_tiles)),
-            integers + hold_and_ramps, floats, (*tile, *sums, ("CUMULATIVE", momentum is None)), x.device,
+            integers + hold_and_ramps, floats,
+            (*tile, *sums, ("CUMULATIVE", momentum is None), ("ALONE", launch.alone)),
+            x.device,
         )  # fmt: skip
-        launcher.launch(
-            kernels_forward.repair_kernel, launch.grid,
-            (source.tensor, extra.tensor, target.tensor, bits_or_none, num_batches_tracked, workspace),
-            integers, (), tile, x.device,
-        )  # fmt: skip
+        if not launch.alone:
+            launcher.launch(
+                kernels_forward.repair_kernel, launch.grid,
+                (source.tensor, extra.tensor, target.tensor, bits_or_none, num_batches_tracked, workspace),
+                integers, (), tile, x.device,
+            )  # fmt: skip
     target.copy_to(y)
     copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
     if coefficients is not None:
@@ -102,7 +105,8 @@ def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     y = torch.empty_like(x)
     target = writable(y, shape)
     all_strides = source.strides + (0, 0) + target.strides
-    launch = config.launch_for("forward", shape, x.element_size(), all_strides, config.device_of(x.device))
+    multiprocessors = config.multiprocessors_of(x.device)
+    launch = config.launch_for("forward", shape, x.element_size(), all_strides, multiprocessors)
     workspace = torch.ones(
         kernels_forward.COEFFICIENT_ROWS * launch.padded_channels, dtype=coefficients.dtype, device=x.device
     )
@@ -130,7 +134,7 @@ def backward(
     needs_dx: bool,
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``reference.backward`` in two launches, or in one where slabs of channels fit L2."""
+    """``reference.backward`` in two launches, or in one."""
     kept = bits.numel() > 0
     if not is_fused(x, None if kept else residual, mask, activation):
         return reference.backward(
@@ -143,12 +147,9 @@ def backward(
     to_x = writable(dx if needs_dx else None, shape)
     to_residual = writable(dresidual if needs_dresidual else None, shape)
     all_strides = upstream.strides + source.strides + to_x.strides + to_residual.strides
-    device = config.device_of(x.device)
+    multiprocessors = config.multiprocessors_of(x.device)
     smooth = activation in ("silu", "hardswish")
-    launch = config.launch_for("backward", shape, x.element_size(), all_strides, device, many_registers=smooth)
-    slab = config.slab_of(launch, shape, x.element_size(), device) if needs_dx or needs_dresidual else 0
-    if slab:
-        launch = config.slab_launch(launch, slab, device)
+    launch = config.launch_for("backward", shape, x.element_size(), all_strides, multiprocessors, many_registers=smooth)
 
     acc = saved.dtype
     weight, bias, saved, bits = dense(weight), dense(bias), saved.contiguous(), bits.contiguous()
@@ -160,13 +161,12 @@ def backward(
     geometry = _geometry(launch, shape)
     strides = _in_vectors(launch.vector, all_strides)
     values = (float(x.numel() // shape.channels),)
-    tile, sums = _tile(launch, acc, activation), _sums(launch)
+    tile, sums = _tile(launch, acc, activation), _sums(launch, acc)
     with _on_device(x):
-        if slab:
+        if launch.alone and (needs_dx or needs_dresidual):
             launcher.launch(
-                kernels_backward.slabs_kernel, (config.slab_programs(launch, slab, device),),
-                (*tensors, dweight, dbias, *targets, workspace, tickets(x.device, 2 + 2 * launch.channel_tiles)),
-                (*geometry, *strides, launch.channel_tiles, slab, launch.splits), values, tile + sums, x.device,
+                kernels_backward.alone_kernel, launch.grid, (*tensors, dweight, dbias, *targets, workspace),
+                (*geometry, *strides), values, tile + sums, x.device,
             )  # fmt: skip
         else:
             launcher.launch(
@@ -214,9 +214,11 @@ def _tile(launch: Launch, acc: torch.dtype, activation: str | None) -> tuple[tup
 
 
 @functools.lru_cache(maxsize=4096)
-def _sums(launch: Launch) -> tuple[tuple[str, Any], ...]:
+def _sums(launch: Launch, acc: torch.dtype) -> tuple[tuple[str, Any], ...]:
     """The constants of kernels that sum."""
-    return ("GROUP", launch.group), ("GROUP_ROWS", launch.group_rows), ("MERGE_ROWS", config.MERGE_ROWS)
+    return (
+        ("GROUP", launch.group), ("GROUP_ROWS", launch.group_rows), ("MERGE_ROWS", launch.merge_rows(acc.itemsize)),
+    )  # fmt: skip
 
 
 def _in_vectors(vector: int, strides: tuple[int, ...]) -> list[int]:
