@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from brn_kernels.backends import reference
 from brn_kernels.backends import triton as kernels
-from brn_kernels.backends.triton import config
+from brn_kernels.backends.triton import config, launch
 from brn_kernels.backends.triton.config import Settings
 
 from .cases import DTYPES
@@ -54,12 +54,12 @@ class Trial:
         """Its settings in the place of the library's."""
         before = dict(config.SETTINGS)
         config.SETTINGS[self.direction, self.layout == "channels_last"] = self.settings
-        config.launch_for.cache_clear()
+        _forget()
         try:
             yield
         finally:
             config.SETTINGS.update(before)
-            config.launch_for.cache_clear()
+            _forget()
 
     def call(self) -> Callable[[], Any]:
         """The kernels of the direction on fresh tensors; ReLU follows."""
@@ -78,6 +78,11 @@ class Trial:
         return lambda: kernels.forward(
             x, None, None, weight, bias, *statistics, counter, clipped, None, schedule, 0.01, 1e-5, "relu"
         )
+
+
+def _forget() -> None:
+    for remembering in (config.launch_for, launch._plan):
+        remembering.cache_clear()
 
 
 def trials(quick: bool) -> Iterator[list[Trial]]:

@@ -95,7 +95,7 @@ def tiny_tiles(monkeypatch):
 def _forget_launches():
     from brn_kernels.backends.triton import config, launch
 
-    for remembering in (config.launch_for, launch._tile, launch._sums):
+    for remembering in (config.launch_for, launch._plan):
         remembering.cache_clear()
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,38 +58,35 @@ def forward(
     source, extra = readable(x, shape), readable(residual, shape)
     y = torch.empty_like(x)
     target = writable(y, shape)
-    multiprocessors = config.multiprocessors_of(x.device)
-    all_strides = source.strides + extra.strides + target.strides
     kept = reference.keeps_bits(residual, activation)
-    launch = config.launch_for("forward", shape, x.element_size(), all_strides, multiprocessors, many_registers=kept)
+    plan = _plan(
+        "forward", shape, source.strides + extra.strides + target.strides, x.dtype, x.device, activation, kept
+    )  # fmt: skip
+    launch = plan.launch
 
-    acc = reference.statistics_dtype(x)
-    saved = torch.empty(4, shape.channels, dtype=acc, device=x.device)
+    saved = torch.empty(4, shape.channels, dtype=plan.acc, device=x.device)
     bits = torch.empty(layout.bits_shape(x), dtype=torch.uint8, device=x.device) if kept else reference.empty_bits(x)
-    workspace = _workspace(launch, kernels_forward, acc, x.device)
+    workspace = torch.empty(plan.workspace, dtype=plan.acc, device=x.device)
     r_max, d_max, hold, r_ramp, d_ramp = schedule
     weight, bias, limits = dense(weight), dense(bias), dense(limits)
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
     bits_or_none = bits if kept else None
-    strides = _in_vectors(launch.vector, all_strides)
-    tile, sums = _tile(launch, acc, activation), _sums(launch, acc)
-    integers, hold_and_ramps = (*_geometry(launch, shape), *strides), (int(hold), int(r_ramp), int(d_ramp))
-    floats = (r_max, d_max, 0.0 if momentum is None else momentum, eps, float(x.numel() // shape.channels))
+    integers = (*plan.integers, int(hold), int(r_ramp), int(d_ramp))
+    floats = (r_max, d_max, 0.0 if momentum is None else momentum, eps, plan.values)
     with _on_device(x):
         launcher.launch(
             kernels_forward.stream_kernel, launch.grid,
             (source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
              _as_bytes(dense_clipped), num_batches_tracked, limits, saved, workspace,
              tickets(x.device, launch.channel_tiles)),
-            integers + hold_and_ramps, floats,
-            (*tile, *sums, ("CUMULATIVE", momentum is None), ("ALONE", launch.alone)),
+            integers, floats, (*plan.tile, *plan.sums, ("CUMULATIVE", momentum is None), ("ALONE", launch.alone)),
             x.device,
         )  # fmt: skip
         if not launch.alone:
             launcher.launch(
                 kernels_forward.repair_kernel, launch.grid,
                 (source.tensor, extra.tensor, target.tensor, bits_or_none, num_batches_tracked, workspace),
-                integers, (), tile, x.device,
+                plan.integers, (), plan.tile, x.device,
             )  # fmt: skip
     target.copy_to(y)
     copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
@@ -104,18 +101,14 @@ def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     source = readable(x, shape)
     y = torch.empty_like(x)
     target = writable(y, shape)
-    all_strides = source.strides + (0, 0) + target.strides
-    multiprocessors = config.multiprocessors_of(x.device)
-    launch = config.launch_for("forward", shape, x.element_size(), all_strides, multiprocessors)
-    workspace = torch.ones(
-        kernels_forward.COEFFICIENT_ROWS * launch.padded_channels, dtype=coefficients.dtype, device=x.device
-    )
-    _coefficients(workspace, launch)[:3, : shape.channels] = coefficients
+    strides = source.strides + (0, 0) + target.strides
+    plan = _plan("forward", shape, strides, x.dtype, x.device, activation, False)
+    workspace = torch.ones(plan.workspace, dtype=coefficients.dtype, device=x.device)
+    _coefficients(workspace, plan.launch)[:3, : shape.channels] = coefficients
     with _on_device(x):
         launcher.launch(
-            kernels_forward.repair_kernel, launch.grid, (source.tensor, None, target.tensor, None, None, workspace),
-            (*_geometry(launch, shape), *_in_vectors(launch.vector, all_strides)), (),
-            _tile(launch, coefficients.dtype, activation), x.device,
+            kernels_forward.repair_kernel, plan.launch.grid,
+            (source.tensor, None, target.tensor, None, None, workspace), plan.integers, (), plan.tile, x.device,
         )  # fmt: skip
     target.copy_to(y)
     return y
@@ -146,83 +139,87 @@ def backward(
     dresidual = torch.empty_like(x) if needs_dresidual else x.new_empty(0)
     to_x = writable(dx if needs_dx else None, shape)
     to_residual = writable(dresidual if needs_dresidual else None, shape)
-    all_strides = upstream.strides + source.strides + to_x.strides + to_residual.strides
-    multiprocessors = config.multiprocessors_of(x.device)
-    smooth = activation in ("silu", "hardswish")
-    launch = config.launch_for("backward", shape, x.element_size(), all_strides, multiprocessors, many_registers=smooth)
+    strides = upstream.strides + source.strides + to_x.strides + to_residual.strides
+    plan = _plan("backward", shape, strides, x.dtype, x.device, activation, activation in ("silu", "hardswish"))
+    launch, acc = plan.launch, plan.acc
 
-    acc = saved.dtype
     weight, bias, saved, bits = dense(weight), dense(bias), saved.contiguous(), bits.contiguous()
     dweight = torch.empty(shape.channels, dtype=acc, device=x.device)
     dbias = torch.empty(shape.channels, dtype=acc, device=x.device)
-    workspace = _workspace(launch, kernels_backward, acc, x.device)
+    workspace = torch.empty(plan.workspace, dtype=acc, device=x.device)
     tensors = (upstream.tensor, source.tensor, bits if kept else None, weight, bias, saved)
     targets = (to_x.tensor, to_residual.tensor)
-    geometry = _geometry(launch, shape)
-    strides = _in_vectors(launch.vector, all_strides)
-    values = (float(x.numel() // shape.channels),)
-    tile, sums = _tile(launch, acc, activation), _sums(launch, acc)
     with _on_device(x):
         if launch.alone and (needs_dx or needs_dresidual):
             launcher.launch(
                 kernels_backward.alone_kernel, launch.grid, (*tensors, dweight, dbias, *targets, workspace),
-                (*geometry, *strides), values, tile + sums, x.device,
+                plan.integers, (plan.values,), plan.tile + plan.sums, x.device,
             )  # fmt: skip
         else:
             launcher.launch(
                 kernels_backward.reduce_kernel, launch.grid,
                 (*tensors, dweight, dbias, workspace, tickets(x.device, launch.channel_tiles)),
-                (*geometry, *strides[:4]), values, tile + sums, x.device,
+                plan.integers[:-4], (plan.values,), plan.tile + plan.sums, x.device,
             )  # fmt: skip
             if needs_dx or needs_dresidual:
                 launcher.launch(
                     kernels_backward.apply_kernel, launch.grid, (*tensors, *targets, workspace),
-                    (*geometry, *strides), (), tile, x.device,
+                    plan.integers, (), plan.tile, x.device,
                 )  # fmt: skip
     to_x.copy_to(dx)
     to_residual.copy_to(dresidual)
     return dx, dweight, dbias, dresidual
 
 
-def _workspace(launch: Launch, kernels: ModuleType, acc: torch.dtype, device: torch.device) -> Tensor:
+class Plan(NamedTuple):
+    """What a call needs that follows from shapes, strides and dtypes: found once, since small layers are host-bound."""
+
+    launch: Launch
+    acc: torch.dtype  # of statistics and arithmetic
+    integers: tuple[int, ...]  # a kernel's arguments from ``outer_size`` to the last stride
+    tile: tuple[tuple[str, Any], ...]  # the constants of every kernel
+    sums: tuple[tuple[str, Any], ...]  # and of those that sum
+    values: float  # of a channel
+    workspace: int  # elements
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    direction: str,
+    shape: Layout,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    activation: str | None,
+    many_registers: bool,
+) -> Plan:
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    kernels: ModuleType = kernels_forward if direction == "forward" else kernels_backward
+    launch = config.launch_for(
+        direction, shape, dtype.itemsize, strides, config.multiprocessors_of(device), many_registers
+    )  # fmt: skip
+    geometry = (
+        shape.outer, shape.channels, shape.inner // launch.vector, launch.chunks, launch.items, launch.items_per_split,
+        launch.padded_channels, (shape.inner + 7) // 8,
+    )  # fmt: skip
+    tile = (
+        ("ACC", _ACC[acc]), ("ACTIVATION", ACTIVATION_CODES[activation]), ("CHANNELS_LAST", launch.channels_last),
+        ("OUTER", launch.outer), ("INNER", launch.inner), ("VECTOR", launch.vector),
+        ("num_warps", launch.num_warps), ("maxnreg", launch.max_registers),
+    )  # fmt: skip
+    sums = (("GROUP", launch.group), ("GROUP_ROWS", launch.group_rows), ("MERGE_ROWS", launch.merge_rows(acc.itemsize)))
+    values = shape.outer * (1 if launch.channels_last else shape.inner)
     rows = kernels.COEFFICIENT_ROWS + kernels.PARTIAL_ROWS * launch.splits
-    return torch.empty(rows * launch.padded_channels, dtype=acc, device=device)
+    return Plan(
+        launch, acc, (*geometry, *(stride // launch.vector for stride in strides)), tile, sums, float(values),
+        rows * launch.padded_channels,
+    )  # fmt: skip
 
 
 def _coefficients(workspace: Tensor, launch: Launch) -> Tensor:
     """The rows of a forward's workspace that the repair reads: pivot, scale, shift, and what is to be repaired."""
     rows = kernels_forward.COEFFICIENT_ROWS
     return workspace[: rows * launch.padded_channels].view(rows, launch.padded_channels)
-
-
-def _geometry(launch: Launch, shape: Layout) -> tuple[int, ...]:
-    """The arguments from ``outer_size`` to ``row_bytes`` of every kernel."""
-    return (
-        shape.outer, shape.channels, shape.inner // launch.vector, launch.chunks, launch.items, launch.items_per_split,
-        launch.padded_channels, (shape.inner + 7) // 8,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def _tile(launch: Launch, acc: torch.dtype, activation: str | None) -> tuple[tuple[str, Any], ...]:
-    """The constants of every kernel."""
-    return (
-        ("ACC", _ACC[acc]), ("ACTIVATION", ACTIVATION_CODES[activation]), ("CHANNELS_LAST", launch.channels_last),
-        ("OUTER", launch.outer), ("INNER", launch.inner), ("VECTOR", launch.vector),
-        ("num_warps", launch.num_warps), ("maxnreg", launch.max_registers),
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def _sums(launch: Launch, acc: torch.dtype) -> tuple[tuple[str, Any], ...]:
-    """The constants of kernels that sum."""
-    return (
-        ("GROUP", launch.group), ("GROUP_ROWS", launch.group_rows), ("MERGE_ROWS", launch.merge_rows(acc.itemsize)),
-    )  # fmt: skip
-
-
-def _in_vectors(vector: int, strides: tuple[int, ...]) -> list[int]:
-    return [stride // vector for stride in strides]
 
 
 def _as_bytes(flags: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 RESERVED = 2**18  # counters, 1 MB, for what is captured: 5 times ResNet-50's training step in the contiguous layout
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[tuple[int | None, int], Tensor] = {}  # by device and stream
 _reserves: dict[torch.device, Tensor] = {}  # what is left of each
 _taking = threading.Lock()
 
@@ -31,7 +31,7 @@ def tickets(device: torch.device, count: int) -> Tensor:
                 _reserves[device] = reserve[(count + 3) // 4 * 4 :]  # 16-byte aligned
                 return reserve[:count]
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     counters = _counters.get(key)
     if counters is None or counters.numel() < count:
         counters = _counters[key] = _lasting_zeros(device, max(count, 4096))
