@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..sides import copy_back, dense, readable, writable
 from . import config, kernels_backward, kernels_forward, launcher
 from .config import Launch
 from .kernels_common import ACTIVATION_CODES, tl
+from .launcher import Constants
 from .tickets import tickets
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -60,7 +61,8 @@ def forward(
     target = writable(y, shape)
     kept = reference.keeps_bits(residual, activation)
     plan = _plan(
-        "forward", shape, source.strides + extra.strides + target.strides, x.dtype, x.device, activation, kept
+        "forward", shape, source.strides + extra.strides + target.strides, x.dtype, x.device, activation, kept,
+        momentum is None,
     )  # fmt: skip
     launch = plan.launch
 
@@ -79,14 +81,13 @@ def forward(
             (source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
              _as_bytes(dense_clipped), num_batches_tracked, limits, saved, workspace,
              tickets(x.device, launch.channel_tiles)),
-            integers, floats, (*plan.tile, *plan.sums, ("CUMULATIVE", momentum is None), ("ALONE", launch.alone)),
-            x.device,
+            integers, floats, plan.summing, x.device,
         )  # fmt: skip
         if not launch.alone:
             launcher.launch(
                 kernels_forward.repair_kernel, launch.grid,
                 (source.tensor, extra.tensor, target.tensor, bits_or_none, num_batches_tracked, workspace),
-                plan.integers, (), plan.tile, x.device,
+                plan.integers, (), plan.writing, x.device,
             )  # fmt: skip
     target.copy_to(y)
     copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
@@ -108,7 +109,7 @@ def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     with _on_device(x):
         launcher.launch(
             kernels_forward.repair_kernel, plan.launch.grid,
-            (source.tensor, None, target.tensor, None, None, workspace), plan.integers, (), plan.tile, x.device,
+            (source.tensor, None, target.tensor, None, None, workspace), plan.integers, (), plan.writing, x.device,
         )  # fmt: skip
     target.copy_to(y)
     return y
@@ -153,18 +154,18 @@ def backward(
         if launch.alone and (needs_dx or needs_dresidual):
             launcher.launch(
                 kernels_backward.alone_kernel, launch.grid, (*tensors, dweight, dbias, *targets, workspace),
-                plan.integers, (plan.values,), plan.tile + plan.sums, x.device,
+                plan.integers, (plan.values,), plan.summing, x.device,
             )  # fmt: skip
         else:
             launcher.launch(
                 kernels_backward.reduce_kernel, launch.grid,
                 (*tensors, dweight, dbias, workspace, tickets(x.device, launch.channel_tiles)),
-                plan.integers[:-4], (plan.values,), plan.tile + plan.sums, x.device,
+                plan.integers[:-4], (plan.values,), plan.summing, x.device,
             )  # fmt: skip
             if needs_dx or needs_dresidual:
                 launcher.launch(
                     kernels_backward.apply_kernel, launch.grid, (*tensors, *targets, workspace),
-                    plan.integers, (), plan.tile, x.device,
+                    plan.integers, (), plan.writing, x.device,
                 )  # fmt: skip
     to_x.copy_to(dx)
     to_residual.copy_to(dresidual)
@@ -177,8 +178,8 @@ class Plan(NamedTuple):
     launch: Launch
     acc: torch.dtype  # of statistics and arithmetic
     integers: tuple[int, ...]  # a kernel's arguments from ``outer_size`` to the last stride
-    tile: tuple[tuple[str, Any], ...]  # the constants of every kernel
-    sums: tuple[tuple[str, Any], ...]  # and of those that sum
+    summing: Constants  # of the kernel that sums
+    writing: Constants  # of the one that only writes
     values: float  # of a channel
     workspace: int  # elements
 
@@ -192,6 +193,7 @@ def _plan(
     device: torch.device,
     activation: str | None,
     many_registers: bool,
+    cumulative: bool = False,
 ) -> Plan:
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     kernels: ModuleType = kernels_forward if direction == "forward" else kernels_backward
@@ -202,17 +204,19 @@ def _plan(
         shape.outer, shape.channels, shape.inner // launch.vector, launch.chunks, launch.items, launch.items_per_split,
         launch.padded_channels, (shape.inner + 7) // 8,
     )  # fmt: skip
-    tile = (
-        ("ACC", _ACC[acc]), ("ACTIVATION", ACTIVATION_CODES[activation]), ("CHANNELS_LAST", launch.channels_last),
-        ("OUTER", launch.outer), ("INNER", launch.inner), ("VECTOR", launch.vector),
-        ("num_warps", launch.num_warps), ("maxnreg", launch.max_registers),
-    )  # fmt: skip
-    sums = (("GROUP", launch.group), ("GROUP_ROWS", launch.group_rows), ("MERGE_ROWS", launch.merge_rows(acc.itemsize)))
+    tile = {
+        "ACC": _ACC[acc], "ACTIVATION": ACTIVATION_CODES[activation], "CHANNELS_LAST": launch.channels_last,
+        "OUTER": launch.outer, "INNER": launch.inner, "VECTOR": launch.vector,
+        "num_warps": launch.num_warps, "maxnreg": launch.max_registers,
+    }  # fmt: skip
+    sums = {"GROUP": launch.group, "GROUP_ROWS": launch.group_rows, "MERGE_ROWS": launch.merge_rows(acc.itemsize)}
+    if direction == "forward":
+        sums |= {"CUMULATIVE": cumulative, "ALONE": launch.alone}
     values = shape.outer * (1 if launch.channels_last else shape.inner)
     rows = kernels.COEFFICIENT_ROWS + kernels.PARTIAL_ROWS * launch.splits
     return Plan(
-        launch, acc, (*geometry, *(stride // launch.vector for stride in strides)), tile, sums, float(values),
-        rows * launch.padded_channels,
+        launch, acc, (*geometry, *(stride // launch.vector for stride in strides)), Constants(**tile, **sums),
+        Constants(**tile), float(values), rows * launch.padded_channels,
     )  # fmt: skip
 
 

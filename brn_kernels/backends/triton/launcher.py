@@ -1,9 +1,9 @@
 """Launches a Triton kernel without the work that Triton does for each argument at each launch.
 
 ``kernel[grid](...)`` looks at every argument's type and value to find the compiled kernel, some 50 us on a slow host.
-Here a compiled kernel is found by what it depends on and nothing else: the dtypes of its pointers and whether all are
-aligned to 16 bytes, its constants, and the device. Sizes and strides are never specialized on (``SIZES``), which is
-what makes that enough.
+Here a compiled kernel is found by what it depends on and nothing else: its constants, which remember what was compiled
+for them, the dtypes of its pointers and whether all are aligned to 16 bytes, and the device. Sizes and strides are
+never specialized on (``SIZES``), which is what makes that enough.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ _INT32_MAX = 2**31 - 1
 _VERSIONS = ("3.6", "3.7", "3.8")  # whose compiled kernels are launched as `_start` does it
 _known = triton.__version__.rpartition(".")[0] in _VERSIONS
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+class Constants:
+    """A launch's constexprs and Triton's options, by name, and the kernels compiled with them."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+        self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def launch(
@@ -29,10 +35,10 @@ def launch(
     pointers: tuple[Tensor | None, ...],
     integers: tuple[int, ...],
     floats: tuple[float, ...],
-    constants: tuple[tuple[str, Any], ...],
+    constants: Constants,
     device: torch.device,
 ) -> None:
-    """``kernel[grid](*pointers, *integers, *floats, **dict(constants))``.
+    """``kernel[grid](*pointers, *integers, *floats, **constants.values)``.
 
     Args:
         kernel: whose parameters come in this order: pointers, integers, floats, constants. None of its integers may
@@ -41,23 +47,22 @@ def launch(
         pointers: tensors on ``device``, or None.
         integers: sizes and strides.
         floats: all other numbers.
-        constants: the kernel's constexprs and Triton's options, by name.
+        constants: all else.
         device: the current device.
     """
     if device.type != "cuda" or not _known or not isinstance(kernel, JITFunction) or _is_observed():
-        kernel[grid](*pointers, *integers, *floats, **dict(constants))
+        kernel[grid](*pointers, *integers, *floats, **constants.values)
         return
     addresses = [None if t is None else t.data_ptr() for t in pointers]
     if max(integers) > _INT32_MAX or any(address is not None and address % ALIGNMENT for address in addresses):
-        kernel[grid](*pointers, *integers, *floats, **dict(constants))  # rare, and compiled by which of them it is
+        kernel[grid](*pointers, *integers, *floats, **constants.values)  # rare, and compiled by which of them it is
         return
-    key = (kernel, constants, device.index, *[None if t is None else t.dtype for t in pointers])
-    found = _compiled.get(key)
+    key = (id(kernel), device.index, *[None if t is None else t.dtype for t in pointers])
+    found = constants.compiled.get(key)
     if found is None:
-        compiled = kernel[grid](*pointers, *integers, *floats, **dict(constants))
-        values = dict(constants)
-        rest = tuple(values[name] for name in kernel.arg_names[len(pointers) + len(integers) + len(floats) :])
-        _compiled[key] = (compiled, rest)
+        compiled = kernel[grid](*pointers, *integers, *floats, **constants.values)
+        names = kernel.arg_names[len(pointers) + len(integers) + len(floats) :]
+        constants.compiled[key] = (compiled, tuple(constants.values[name] for name in names))
         return
     compiled, rest = found
     compiled.run(

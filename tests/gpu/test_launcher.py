@@ -1,0 +1,76 @@
+"""Launches that skip what Triton does for each argument must notice all that matters to a compiled kernel."""
+
+import pytest
+import torch
+from triton_calls import assert_same, call, run
+
+from brn_kernels.backends import reference
+
+triton = pytest.importorskip("triton")
+from brn_kernels.backends import triton as kernels  # noqa: E402
+
+CUDA = torch.device("cuda")
+
+
+def moved(tensor, by):
+    """The same values, ``by`` elements from where an allocation begins."""
+    room = torch.empty(tensor.numel() + by, dtype=tensor.dtype, device=tensor.device)
+    return room[by:].copy_(tensor.flatten()).view_as(tensor)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "running_var", "clipped", "num_batches_tracked"])
+@pytest.mark.parametrize("by", [1, 2, 3])
+def test_after_aligned_pointers_unaligned_ones(name, by):
+    arguments = call(CUDA, (8, 64, 16, 16), dtype=torch.float32, channels_last=False, activation="relu")
+    run(kernels, arguments)
+    run(kernels, arguments)
+    changed = arguments | {name: moved(arguments[name], by)}
+    assert changed[name].data_ptr() % 16 or name == "num_batches_tracked"
+    assert_same(run(kernels, changed), run(reference, changed))
+
+
+def test_after_one_dtype_of_parameters_another():
+    arguments = call(CUDA, (8, 64, 16, 16), dtype=torch.bfloat16, activation="relu")
+    first = run(kernels, arguments)
+    half = arguments | {name: arguments[name].bfloat16() for name in ("weight", "bias")}
+    second = run(kernels, half)
+    exact = run(kernels, arguments | {name: half[name].float() for name in ("weight", "bias")})
+    assert torch.equal(second["y"], exact["y"]) and not torch.equal(first["y"], second["y"])
+
+
+def test_after_a_size_another_of_the_same_tile():
+    for shape in ((8, 64, 16, 16), (9, 64, 16, 16), (1, 64, 1, 2), (64, 64, 16, 1), (8, 64, 16, 16)):
+        arguments = call(CUDA, shape, dtype=torch.float32)
+        assert_same(run(kernels, arguments), run(reference, arguments))
+
+
+def test_on_another_stream():
+    arguments = call(CUDA, (64, 64, 32, 32), dtype=torch.float32)
+    expected = run(kernels, arguments)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda._sleep(100_000_000)  # what runs on the first stream by mistake comes late
+    with torch.cuda.stream(stream):
+        y, _, _ = kernels.forward(**arguments)
+        copied = y.clone()
+    stream.synchronize()
+    assert torch.equal(copied, expected["y"])
+
+
+def test_profilers_hear_of_each_launch():
+    arguments, heard = call(CUDA, (64, 64, 32, 32), dtype=torch.float32), []
+    kernels.forward(**arguments)
+    kernels.forward(**arguments)
+    hook = triton.knobs.runtime.launch_enter_hook
+    if not hasattr(hook, "add"):
+        pytest.skip("this Triton has one hook, not a chain")
+
+    def hear(metadata):
+        heard.append(metadata.get()["name"])
+
+    hook.add(hear)
+    try:
+        kernels.forward(**arguments)
+    finally:
+        hook.remove(hear)
+    assert heard[0] == "stream_kernel"
