@@ -7,7 +7,7 @@
 # Logs, CSVs, figures and a summary go to the folder (default: gpu-check). PYTHON names the interpreter (default: the
 # checkout's .venv, else python3); its packages must be there: torch with CUDA, triton, pytest, and those of the extras
 # "bench" and "dev". STEPS="build bench" takes only these; WORKERS=4 tests by fewer processes at once; COMMIT names the
-# commit where there is no git; BENCH_ARGS="--quick" measures less. --dry-run does the same on the CPU, kernels interpreted, with a handful of tests: is all in place?
+# commit of a copy without git; BENCH_ARGS="--quick" measures less. --dry-run does the same on the CPU, kernels interpreted, with a handful of tests: is all in place?
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 

@@ -27,7 +27,10 @@ ABOUT = ("level", "device_type", "device", "driver", "backend", "torch", "triton
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Device, versions, commit and date; ``dirty`` names the changes that are not committed, if there are any."""
+    """Device, versions, commit and date; ``dirty`` names the changes that are not committed, if there are any.
+
+    The environment variable COMMIT names the commit of a clean copy without its history.
+    """
     from brn_kernels import backends
 
     cuda = device.type == "cuda"
@@ -39,8 +42,8 @@ def machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "commit": _output("git", "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", ""),
-        "dirty": _changes(),
+        "commit": os.environ.get("COMMIT") or _output("git", "rev-parse", "--short", "HEAD"),
+        "dirty": "" if os.environ.get("COMMIT") else _changes(),
         "date": str(datetime.date.today()),
     }  # fmt: skip
 
