@@ -5,7 +5,7 @@ they run, so a trace does not depend on the machine it was made on. Arguments: `
 ``traced``: whether the call comes from a trace, in which ``checkpointing.py`` cannot recognize that it is run again;
 ``process_group``: the name of the group whose batch it is (``distributed.py``), None: this process's own;
 ``coefficients``: (3, C), to be filled with the pivot, scale and shift that y is computed of (``recompute.py``; only for
-calls that the backend's kernels do); ``auto_state``: (7, C), what automatic limits are computed of
+calls that the backend's kernels do); ``auto_state``: (5, C), what automatic limits are computed of
 (``backends/auto_limits.py``), updated in place.
 """
 

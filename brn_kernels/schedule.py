@@ -88,11 +88,12 @@ class ClipSchedule:
 
     @classmethod
     def auto(cls) -> ClipSchedule:
-        """No hyperparameters: each channel's limits follow the noise and the lag of its own statistics.
+        """No hyperparameters: each channel's limits are as wide as the noise of its own batch statistics.
 
         Where batches are large and alike the layer is all but BatchNorm; where they are small or one-sided the limits
-        open by themselves, after the first 10 batches at the soonest, and close where running statistics lag behind.
-        The rule: ``docs/auto-schedule.md``. A layer keeps what it needs in the buffer ``auto_state``, (7, C).
+        open by themselves, after 10 batches at the soonest; where weights move faster than running statistics follow,
+        the lag is clipped. The rule and measurements: ``docs/auto-schedule.md``. A layer keeps what it needs in the
+        buffer ``auto_state``, (5, C).
         """
         return _AutoSchedule.constant(1.0, 0.0)
 

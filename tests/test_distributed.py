@@ -46,6 +46,10 @@ def test_training_equals_one_process(check):
     passes(check, "auto", 2)
 
 
+def test_automatic_limits_are_the_same_everywhere(backend):
+    passes("automatic", backend, 2)
+
+
 def test_outputs_are_computed_again(backend):
     passes("recomputing", backend, 2)
 

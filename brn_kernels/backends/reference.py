@@ -196,7 +196,7 @@ def update(
     """Move the running statistics, the counter, the clipped flags and the state of automatic limits, in place."""
     if running_mean is not None and running_var is not None:
         if auto_state is not None:
-            auto_limits.observe(auto_state, batch_mean, batch_var, m, running_mean, running_var, eps)
+            auto_limits.observe(auto_state, batch_mean, batch_var, m, running_var, eps)
         factor: Tensor | float
         if momentum is None:  # a cumulative average
             assert num_batches_tracked is not None
