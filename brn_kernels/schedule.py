@@ -92,8 +92,9 @@ class ClipSchedule:
 
         Where batches are large and alike the layer is all but BatchNorm; where they are small or one-sided the limits
         open by themselves, after 10 batches at the soonest; where weights move faster than running statistics follow,
-        the lag is clipped. The rule and measurements: ``docs/auto-schedule.md``. A layer keeps what it needs in the
-        buffer ``auto_state``, (5, C).
+        the lag is clipped. Running statistics start with the first batch's and reach the layer's ``momentum`` within
+        3/momentum steps, so that a short training needs no other momentum than a long one. The rule and measurements:
+        ``docs/auto-schedule.md``. A layer keeps what it needs in the buffer ``auto_state``, (5, C).
         """
         return _AutoSchedule.constant(1.0, 0.0)
 

@@ -63,8 +63,10 @@ class ByHand:
             self.noise_r += rate * ((math.log(std) - self.log_stds[-1]) ** 2 / 2 - self.noise_r)
         self.means.append(mean)
         self.log_stds.append(math.log(std))
-        self.mean += self.momentum * (mean - self.mean)
-        self.var += self.momentum * (var * m / (m - 1) - self.var)
+        t = len(self.means) - 1
+        momentum = max(self.momentum, 3 / (t + 3))
+        self.mean += momentum * (mean - self.mean)
+        self.var += momentum * (var * m / (m - 1) - self.var)
         return r, d
 
 
@@ -86,6 +88,26 @@ def test_limits_and_output_equal_those_by_hand(device, dtype, tolerance):
             torch.testing.assert_close(y[:, c], truth, rtol=tolerance * 10, atol=tolerance * 10)
     assert layer.auto_state[auto_limits.COUNT].tolist() == [80, 80]
     assert expected[0].min() > 1.05 and expected[1].min() > 0.1, "the limits have to be open for this to show anything"
+
+
+def test_running_statistics_forget_what_they_start_with(device):
+    short = layer_of(device=device, momentum=0.01)
+    x = batch(0).to(device)
+    short(x)
+    torch.testing.assert_close(short.running_mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(short.running_var, x.var((0, 2, 3)))
+    short.num_batches_tracked.fill_(297)  # a checkpoint's: 3 / (297 + 3) is the momentum
+    before = short.running_mean.clone()
+    short(x + 10)
+    torch.testing.assert_close(short.running_mean, before + 0.01 * (x.mean((0, 2, 3)) + 10 - before))
+
+
+@pytest.mark.parametrize("momentum, expected", [(0.0, 0.0), (None, 1.5)])
+def test_frozen_and_averaged_statistics_stay_so(device, momentum, expected):
+    layer = layer_of(device=device, momentum=momentum)
+    for value in (1.0, 2.0):
+        layer(batch(0).to(device) * 1e-3 + value)
+    assert layer.running_mean.mean().item() == pytest.approx(expected, abs=1e-2)
 
 
 def test_the_limits_are_closed_until_enough_has_been_seen(device):

@@ -12,6 +12,11 @@ Half of the mean squared difference of successive values is the variance of nois
 (von Neumann 1941). The averages are of all differences until these are 1/RATE, then exponential. Until ``MIN_BATCHES``
 batches have been seen the limits are closed. The limits of a batch come from the batches before it.
 
+Running statistics that start at 0 and 1, or at those of a network that has not learnt yet, should not need 1/momentum
+steps to forget it. So the weight of batch t in them is at least ``WARMUP / (t + WARMUP)``, t being
+``num_batches_tracked``: all of the first batch, and the layer's momentum from step WARMUP/momentum on. A momentum of 0
+(frozen statistics) and None (the plain average) are left as they are.
+
 State: (5, C), float32 (float64 in a double model), zeros when nothing has been seen; the rows are named below.
 """
 
@@ -23,6 +28,7 @@ from torch import Tensor
 NOISE_WIDTHS = 2.0  # how far noise may carry d and log r, in standard deviations; measured, docs/auto-schedule.md
 RATE = 0.02  # of a difference in the averages
 MIN_BATCHES = 10  # before the averages are believed
+WARMUP = 3.0  # batches; 1 would be the plain average, in which a network's first steps weigh too much
 
 COUNT, BATCH_MEAN, BATCH_LOG_STD, NOISE_D, NOISE_R = range(5)  # the rows; those of noise are squares
 ROWS = 5
@@ -33,6 +39,11 @@ def limits_of(state: Tensor, dtype: torch.dtype) -> Tensor:
     count, _, _, noise_d, noise_r = state.to(dtype).unbind()
     widths = torch.where(count >= MIN_BATCHES, NOISE_WIDTHS, 0.0).to(dtype)
     return torch.stack([torch.exp(widths * noise_r.sqrt()), widths * noise_d.sqrt()])
+
+
+def momentum_at(num_batches_tracked: Tensor, momentum: float, dtype: torch.dtype) -> Tensor:
+    """The weight of the next batch in the running statistics, 0-d."""
+    return (WARMUP / (num_batches_tracked.to(dtype) + WARMUP)).clamp(min=momentum)
 
 
 def observe(

@@ -201,6 +201,8 @@ def update(
         if momentum is None:  # a cumulative average
             assert num_batches_tracked is not None
             factor = 1 / (num_batches_tracked + 1).to(batch_mean.dtype)
+        elif auto_state is not None and momentum > 0 and num_batches_tracked is not None:
+            factor = auto_limits.momentum_at(num_batches_tracked, momentum, batch_mean.dtype)
         else:
             factor = momentum
         finite = torch.isfinite(batch_mean) & torch.isfinite(batch_var)
