@@ -14,7 +14,7 @@ from .backends import layout, reference
 class BatchRenormFunction(torch.autograd.Function):
     """Training-mode Batch Renormalization; gradients for x, residual, weight and bias, with r and d constant.
 
-    ``rest`` are the arguments of ``ops.forward`` after the differentiable ones.
+    ``rest`` are the arguments of ``ops.forward`` after the differentiable ones, without ``coefficients``.
     """
 
     # Not split into forward and setup_context: PyTorch then inspects the signature at every call, which takes longer
@@ -29,10 +29,13 @@ class BatchRenormFunction(torch.autograd.Function):
         bias: Tensor | None,
         rest: tuple[Any, ...],
     ) -> Tensor:
-        ctx.eps, ctx.activation, ctx.backend, traced, ctx.process_group = rest[7:]
-        call = None if traced else recompute.begin(x, residual, mask, weight, bias, ctx.activation, ctx.backend)
+        ctx.eps, ctx.activation, ctx.backend, traced, ctx.process_group, auto_state = rest[7:]
+        # alone, automatic limits are the reference's whatever the backend (ops.py)
+        alone = distributed.group_of(ctx.process_group) is None
+        by = "reference" if auto_state is not None and alone else ctx.backend
+        call = None if traced else recompute.begin(x, residual, mask, weight, bias, ctx.activation, by)
         y, saved, bits = ops.run_forward(
-            x, residual, mask, weight, bias, *rest, None if call is None else call.coefficients
+            x, residual, mask, weight, bias, *rest[:-1], None if call is None else call.coefficients, auto_state
         )
         ctx.set_materialize_grads(False)
         if ctx.activation is None or reference.keeps_bits(residual, ctx.activation):

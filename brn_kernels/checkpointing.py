@@ -2,7 +2,7 @@
 
 A checkpointed region runs twice per step: once for its output, and again inside the backward, to rebuild what the
 first run did not keep. The training output depends on the running statistics from before the update, so the second
-run needs those, and must not update again. ``pre_update_statistics`` keeps a copy (three small tensors) of them
+run needs those, and must not update again. ``pre_update_statistics`` keeps a copy (a few small tensors) of them
 whenever a call may be run again, and hands it out when one is.
 
 How a call is recognized, without synchronizing and without knowing the checkpointing code:
@@ -37,7 +37,7 @@ from . import recompute
 _NO_GRAD_CALLS_KEPT = 64
 _HOOKED_CALLS_KEPT = 1024
 
-Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Call(NamedTuple):
@@ -124,10 +124,14 @@ _logs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # running_mean -> _L
 
 
 def pre_update_statistics(
-    running_mean: Tensor, running_var: Tensor, num_batches_tracked: Tensor | None, clipped: Tensor | None
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    clipped: Tensor | None,
+    auto_state: Tensor | None,
 ) -> Statistics:
     """The statistics a training call must use and update: these, or copies of older ones if it is run again."""
-    live = (running_mean, running_var, num_batches_tracked, clipped)
+    live = (running_mean, running_var, num_batches_tracked, clipped, auto_state)
     graph_task = torch._C._current_graph_task_id()
     hooks = recompute.hooks_of_others()
     graded = torch.is_grad_enabled()
@@ -143,10 +147,11 @@ def pre_update_statistics(
 
 
 def _copy(statistics: Statistics) -> Statistics:
-    mean, var, counter, clipped = statistics
+    mean, var, counter, clipped, auto_state = statistics
     return (
         mean.clone(),
         var.clone(),
         None if counter is None else counter.clone(),
         None if clipped is None else clipped.clone(),
+        None if auto_state is None else auto_state.clone(),
     )

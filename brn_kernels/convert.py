@@ -82,6 +82,7 @@ def renorm_of(
     if running_mean is not None:
         clipped = torch.zeros(new.num_features, dtype=torch.bool, device=running_mean.device)
     new.register_buffer("clipped", clipped, persistent=False)
+    new.schedule = schedule  # again, for its buffer: the old layer's have taken the place of all that there were
     new._widen_statistics()
     return new
 
@@ -128,7 +129,7 @@ def batchnorm_of(layer: BatchRenorm) -> _BatchNorm | None:
     new = new_type(layer.num_features, device="meta")
     if isinstance(new, nn.SyncBatchNorm):
         new.process_group = distributed.group_of(layer.process_group)
-    leave = ("schedule", "clipped", "process_group", FUSED_BATCHNORM, FUSES_ACTIVATION)
+    leave = ("_schedule", "clipped", "auto_state", "process_group", FUSED_BATCHNORM, FUSES_ACTIVATION)
     _move(layer, new, leave=leave if layer.activation else (*leave, "activation"))
     _narrow_statistics(new)
     return new

@@ -76,11 +76,12 @@ def forward(
     eps: float,
     activation: str | None,
     coefficients: Tensor | None = None,
+    auto_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.forward`` with the statistics of all processes; local batches may differ in size, or be empty."""
     batch_mean, batch_var, m = _statistics(group, x, mask)
     saved, is_clipped = reference.corrected(
-        batch_mean, batch_var, running_mean, running_var, num_batches_tracked, limits, schedule, eps
+        batch_mean, batch_var, running_mean, running_var, num_batches_tracked, limits, schedule, eps, auto_state
     )
     if x.numel() == 0:
         y, bits = torch.empty_like(x), reference.empty_bits(x)
@@ -93,8 +94,9 @@ def forward(
     else:
         y, bits = _affine(backend, x, residual, batch_mean, *_scale_and_shift(weight, bias, saved), activation)
     reference.update(
-        batch_mean, batch_var, m, is_clipped, running_mean, running_var, num_batches_tracked, clipped, momentum
-    )
+        batch_mean, batch_var, m, is_clipped, running_mean, running_var, num_batches_tracked, clipped, momentum, eps,
+        auto_state,
+    )  # fmt: skip
     return y, saved, bits
 
 

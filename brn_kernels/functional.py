@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from . import backends, distributed, ops
 from .autograd import BatchRenormFunction
-from .backends import reference
+from .backends import auto_limits, reference
 from .checkpointing import pre_update_statistics
 from .schedule import ClipSchedule, check_limits, is_number
 
@@ -96,18 +96,20 @@ def renormalize(
     activation: str | None,
     training: bool,
     process_group: str | None = None,
+    auto_state: Tensor | None = None,
 ) -> Tensor:
     """What ``batch_renorm`` and the layers share: check the tensors, then normalize in the mode asked for."""
     _check_tensors(x, residual, mask, weight, bias, running_mean, running_var, training, process_group)
-    _check_devices(x, num_batches_tracked=num_batches_tracked, clipped=clipped)
+    _check_devices(x, num_batches_tracked=num_batches_tracked, clipped=clipped, auto_state=auto_state)
+    _check_auto_state(x, auto_state)
     if mask is not None and mask.dim() < x.dim():
         mask = mask.unsqueeze(1)
     if not training:
         return _evaluate(x, residual, mask, weight, bias, running_mean, running_var, eps, activation)
     traced = torch.compiler.is_compiling()
     if running_mean is not None and running_var is not None and not traced:
-        running_mean, running_var, num_batches_tracked, clipped = pre_update_statistics(
-            running_mean, running_var, num_batches_tracked, clipped
+        running_mean, running_var, num_batches_tracked, clipped, auto_state = pre_update_statistics(
+            running_mean, running_var, num_batches_tracked, clipped, auto_state
         )
     if _is_transformed():
         if distributed.group_of(process_group) is not None:
@@ -116,7 +118,7 @@ def renormalize(
             )
         return _transformed(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
-            momentum, eps, activation,
+            momentum, eps, activation, auto_state,
         )  # fmt: skip
     # Dynamo cannot trace a Function none of whose inputs wants a gradient
     as_function = torch.is_grad_enabled() and _wants_gradient(x, residual, weight, bias)
@@ -125,8 +127,8 @@ def renormalize(
         backends.selected(), traced, process_group,
     )  # fmt: skip
     if as_function:
-        return BatchRenormFunction.apply(x, residual, mask, weight, bias, rest)
-    return ops.run_forward(x, residual, mask, weight, bias, *rest)[0]
+        return BatchRenormFunction.apply(x, residual, mask, weight, bias, (*rest, auto_state))
+    return ops.run_forward(x, residual, mask, weight, bias, *rest, None, auto_state)[0]
 
 
 def _evaluate(
@@ -173,12 +175,13 @@ def _transformed(
     momentum: float | None,
     eps: float,
     activation: str | None,
+    auto_state: Tensor | None,
 ) -> Tensor:
     """Training under a transform: plain PyTorch, which every transform knows, whatever the backend."""
     try:
         _, saved, _ = reference.forward(
             x.detach(), None, mask, None, None, running_mean, running_var, num_batches_tracked, clipped, limits,
-            list(schedule), momentum, eps, None,
+            list(schedule), momentum, eps, None, auto_state,
         )  # fmt: skip
     except RuntimeError as error:
         if running_mean is None:
@@ -280,6 +283,19 @@ def _check_tensors(
     )
     if training and x.numel() == channels and channels > 0 and process_group is None:  # others may have more
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+
+
+def _check_auto_state(x: Tensor, auto_state: Tensor | None) -> None:
+    channels = x.shape[1] if x.dim() > 1 else 0
+    if auto_state is None:
+        return
+    if auto_state.shape != (auto_limits.ROWS, channels):
+        raise ValueError(
+            f"auto_state: expected shape {(auto_limits.ROWS, channels)} for x of shape {tuple(x.shape)}, "
+            f"got {tuple(auto_state.shape)}"
+        )
+    if auto_state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"auto_state: expected torch.float32 or torch.float64, got {auto_state.dtype}")
 
 
 def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from torch.nn import init
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import distributed
+from .backends import auto_limits
 from .functional import check_activation, check_eps, renormalize
 from .schedule import ClipSchedule, is_number
+
+_WIDE = ("running_mean", "running_var", "auto_state")  # buffers that stay wide in a half model
 
 
 class BatchRenorm(_NormBase):
@@ -52,6 +55,7 @@ class BatchRenorm(_NormBase):
     """
 
     clipped: Tensor | None
+    auto_state: Tensor | None
 
     def __init__(
         self,
@@ -79,12 +83,41 @@ class BatchRenorm(_NormBase):
         super().__init__(num_features, float(eps), momentum, affine, track_running_stats, device, dtype)
         if affine and not bias:
             self.register_parameter("bias", None)
-        self.schedule = ClipSchedule.paper() if schedule is None else schedule
         self.activation = activation
         self.process_group: str | None = process_group
         clipped = torch.zeros(num_features, dtype=torch.bool, device=device) if track_running_stats else None
         self.register_buffer("clipped", clipped, persistent=False)
+        self.schedule = ClipSchedule.paper() if schedule is None else schedule
         self._widen_statistics()
+
+    @property
+    def schedule(self) -> ClipSchedule:
+        """The clip limits over time. With ``ClipSchedule.auto()`` the layer has a buffer more, ``auto_state``."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: ClipSchedule) -> None:
+        if not isinstance(schedule, ClipSchedule):
+            raise ValueError(f"schedule must be a ClipSchedule, got {schedule!r}")
+        self._schedule = schedule
+        if not schedule.adapts or self.running_mean is None:
+            self.register_buffer("auto_state", None)  # absent from the state_dict
+        elif self._buffers.get("auto_state") is None:
+            self.register_buffer("auto_state", self._fresh_auto_state())
+
+    def auto_limits(self) -> tuple[Tensor, Tensor]:
+        """``(r_max, d_max)`` that ``ClipSchedule.auto()`` gives each channel for the next batch: (C,) each.
+
+        Raises:
+            ValueError: the layer has another schedule, or no running statistics.
+        """
+        if self.auto_state is None:
+            raise ValueError(
+                "auto_limits is for layers with ClipSchedule.auto() and running statistics; this one has "
+                f"schedule={self.schedule}, track_running_stats={self.track_running_stats}"
+            )
+        r_max, d_max = auto_limits.limits_of(self.auto_state, self.auto_state.dtype).unbind()
+        return r_max, d_max
 
     def forward(
         self,
@@ -125,6 +158,7 @@ class BatchRenorm(_NormBase):
             self.num_batches_tracked if tracked else None,
             self.clipped if tracked else None,
             None, self.schedule.numbers, self.momentum, self.eps, activation, training, self.process_group,
+            self.auto_state if tracked and self.schedule.adapts else None,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:
@@ -141,6 +175,9 @@ class BatchRenorm(_NormBase):
         clipped = self._buffers.get("clipped")  # not there yet while the base class is being constructed
         if clipped is not None:
             clipped.zero_()
+        auto_state = self._buffers.get("auto_state")
+        if auto_state is not None:
+            auto_state.zero_()
 
     def ends_with_normalization(self) -> bool:
         """Whether nothing follows the normalization, so that a residual and an activation can."""
@@ -162,22 +199,61 @@ class BatchRenorm(_NormBase):
             raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchRenorm:
-        before = (self.running_mean, self.running_var)
+        before = {name: self._buffers[name] for name in _WIDE}
         super()._apply(fn, recurse)
-        self._widen_statistics(*before)
+        self._widen_statistics(before)
         return self
 
-    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        super()._load_from_state_dict(*arguments, **keywords)
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._load_auto_state(state_dict, prefix, missing_keys, unexpected_keys)
         self._widen_statistics()  # loading with assign=True puts the checkpoint's tensors in place
         running_mean, clipped = self.running_mean, self.clipped
         if running_mean is not None and clipped is not None and clipped.device != running_mean.device:
             self.clipped = torch.zeros_like(clipped, device=running_mean.device)
 
-    def _widen_statistics(self, wide_mean: Tensor | None = None, wide_var: Tensor | None = None) -> None:
+    def _load_auto_state(
+        self, state_dict: Mapping[str, Any], prefix: str, missing_keys: list[str], unexpected_keys: list[str]
+    ) -> None:
+        """A checkpoint without the state (BatchNorm's, another schedule's) begins it anew; one too many is ignored."""
+        key = f"{prefix}auto_state"
+        if self.auto_state is None:
+            if key in unexpected_keys:
+                unexpected_keys.remove(key)
+        elif key not in state_dict and f"{prefix}running_mean" in state_dict:
+            if key in missing_keys:
+                missing_keys.remove(key)
+            self._buffers["auto_state"] = self._fresh_auto_state()
+
+    def _fresh_auto_state(self) -> Tensor:
+        running_mean = self._buffers["running_mean"]
+        assert running_mean is not None
+        dtype = torch.float64 if running_mean.dtype == torch.float64 else torch.float32
+        return torch.zeros(auto_limits.ROWS, self.num_features, dtype=dtype, device=running_mean.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickle from before layers could have ``auto_state``, too."""
+        state = dict(state)
+        if "schedule" in state:
+            state["_schedule"] = state.pop("schedule")
+            state["_buffers"] = {**state["_buffers"], "auto_state": None}
+        super().__setstate__(state)
+
+    def _widen_statistics(self, before: Mapping[str, Tensor | None] | None = None) -> None:
         """Hold half and bfloat16 statistics as float32, with the values of the tensors given, if any."""
-        for name, wide in (("running_mean", wide_mean), ("running_var", wide_var)):
-            statistic = self._buffers[name]
+        for name in _WIDE:
+            statistic, wide = self._buffers[name], before[name] if before else None
             if statistic is not None and statistic.dtype in (torch.float16, torch.bfloat16):
                 source = statistic if wide is None or wide.is_meta else wide
                 self._buffers[name] = source.to(device=statistic.device, dtype=torch.float32)

@@ -5,7 +5,8 @@ they run, so a trace does not depend on the machine it was made on. Arguments: `
 ``traced``: whether the call comes from a trace, in which ``checkpointing.py`` cannot recognize that it is run again;
 ``process_group``: the name of the group whose batch it is (``distributed.py``), None: this process's own;
 ``coefficients``: (3, C), to be filled with the pivot, scale and shift that y is computed of (``recompute.py``; only for
-calls that the backend's kernels do).
+calls that the backend's kernels do); ``auto_state``: (5, C), what automatic limits are computed of
+(``backends/auto_limits.py``), updated in place.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, library
 
 from . import backends, distributed
+from .backends import reference
 from .backends.layout import bits_shape
 from .backends.reference import keeps_bits, statistics_dtype
 
@@ -24,7 +26,7 @@ _operators.define(
     "forward(Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? clipped,"
     " Tensor? limits, float[] schedule, float? momentum, float eps, str? activation, str backend, bool traced,"
-    " str? process_group=None, Tensor(e!)? coefficients=None)"
+    " str? process_group=None, Tensor(e!)? coefficients=None, Tensor(f!)? auto_state=None)"
     " -> (Tensor y, Tensor saved, Tensor bits)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -56,6 +58,7 @@ def _forward(
     traced: bool,
     process_group: str | None = None,
     coefficients: Tensor | None = None,
+    auto_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if traced and torch._C._current_graph_task_id() != -1 and running_mean is not None:
         raise RuntimeError(
@@ -68,7 +71,9 @@ def _forward(
     )  # fmt: skip
     kernels = backends.resolve(backend, x.device.type)
     if (group := distributed.group_of(process_group)) is not None:
-        return distributed.forward(kernels, group, *arguments, coefficients)
+        return distributed.forward(kernels, group, *arguments, coefficients, auto_state)
+    if auto_state is not None:  # the kernels do not know it
+        return reference.forward(*arguments, auto_state)
     return kernels.forward(*arguments) if coefficients is None else kernels.forward(*arguments, coefficients)
 
 

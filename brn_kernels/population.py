@@ -46,7 +46,7 @@ def update_stats(model: nn.Module, loader: Iterable[Any], device: torch.device |
             layer.reset_running_stats()
             layer.momentum = None
         for layer in schedules:
-            layer.schedule = ClipSchedule.batchnorm()
+            layer._schedule = ClipSchedule.batchnorm()  # not the property: ``auto_state`` must stay the same tensor
         model.train()
         for batch in loader:
             x = batch[0] if isinstance(batch, (list, tuple)) else batch
@@ -59,13 +59,16 @@ def update_stats(model: nn.Module, loader: Iterable[Any], device: torch.device |
         for module, flag in training.items():
             module.training = flag
         for layer, schedule in schedules.items():
-            layer.schedule = schedule
+            layer._schedule = schedule
         for layer, momentum, before in zip(layers, momenta, statistics, strict=True):
             layer.momentum = momentum
             if not complete:
                 _restore(layer, before)
             elif layer in schedules:
-                _restore(layer, {name: before[name] for name in ("num_batches_tracked", "clipped")})
+                _restore(layer, {name: before[name] for name in _KEPT if name in before})
+
+
+_KEPT = ("num_batches_tracked", "clipped", "auto_state")  # what belongs to training, not to the statistics
 
 
 def _copy(layer: _NormBase) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
-from typing import overload
+from typing import ClassVar, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class ClipSchedule:
     Raises:
         ValueError: a limit below its neutral value or NaN; a duration that is negative, not finite or not whole.
     """
+
+    adapts: ClassVar[bool] = False  # whether the limits follow the layer's statistics, not its steps
 
     r_max: float = 3.0
     d_max: float = 5.0
@@ -84,6 +86,18 @@ class ClipSchedule:
         hold, r_ramp, d_ramp = (round(n * total_steps / 160_000) for n in (paper.hold, paper.r_ramp, paper.d_ramp))
         return cls(hold=hold, r_ramp=r_ramp, d_ramp=d_ramp)
 
+    @classmethod
+    def auto(cls) -> ClipSchedule:
+        """No hyperparameters: each channel's limits are as wide as the noise of its own batch statistics.
+
+        Where batches are large and alike the layer is all but BatchNorm; where they are small or one-sided the limits
+        open by themselves, after 10 batches at the soonest; where weights move faster than running statistics follow,
+        the lag is clipped. Running statistics start with the first batch's and reach the layer's ``momentum`` within
+        3/momentum steps, so that a short training needs no other momentum than a long one. The rule and measurements:
+        ``docs/auto-schedule.md``. A layer keeps what it needs in the buffer ``auto_state``, (5, C).
+        """
+        return _AutoSchedule.constant(1.0, 0.0)
+
     @property
     def numbers(self) -> tuple[float, float, float, float, float]:
         """``(r_max, d_max, hold, r_ramp, d_ramp)`` as floats, the form the operators take."""
@@ -111,6 +125,23 @@ class ClipSchedule:
             return limits_at(step, self.numbers, dtype)
         r_max, d_max = limits_at(torch.tensor(step), self.numbers, torch.float64)
         return r_max.item(), d_max.item()
+
+
+@dataclass(frozen=True, repr=False)
+class _AutoSchedule(ClipSchedule):
+    """``ClipSchedule.auto()``. Its numbers are closed limits."""
+
+    adapts: ClassVar[bool] = True
+
+    def __repr__(self) -> str:
+        return "ClipSchedule.auto()"
+
+    def limits(self, step: int | Tensor, dtype: torch.dtype = torch.float32) -> NoReturn:
+        """Raise ``ValueError``: there are none by steps."""
+        raise ValueError(
+            "ClipSchedule.auto() has no limits that depend on the step: each channel of a layer has its own, which "
+            "follow its statistics (layer.auto_limits())"
+        )
 
 
 def check_limits(r_max: float, d_max: float) -> None:

@@ -92,6 +92,21 @@ def equals_the_oracle(sizes, dtype, activation, with_residual, masked):
         assert layer.clipped.equal(truth.clipped) and layer.num_batches_tracked == step + 1
 
 
+def automatic():
+    """Limits that follow the statistics of all processes: equal on all of them, and those of the whole batch."""
+    for step_sizes in SIZES:
+        sizes = step_sizes[: dist.get_world_size()]
+        alone = brn.BatchRenorm1d(CHANNELS, momentum=0.2, schedule=brn.ClipSchedule.auto()).double()
+        ours = brn.convert_sync(copy.deepcopy(alone))
+        for step in range(14):
+            x = normal(sum(sizes), CHANNELS, 6, seed=step) * 2 + 1
+            expected, y = alone(x), ours(part(x, sizes))
+            torch.testing.assert_close(y, part(expected, sizes), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(ours.auto_state, alone.auto_state, rtol=1e-9, atol=1e-9)
+        mean = summed(ours.auto_state) / dist.get_world_size()
+        assert torch.equal(mean, ours.auto_state) and ours.auto_limits()[1].min() > 0.1
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()

@@ -53,6 +53,10 @@ def test_training_equals_one_process(check):
     passes(check, "auto", 2)
 
 
+def test_automatic_limits_are_the_same_everywhere(backend_of_cpus):
+    passes("automatic", backend_of_cpus, 2)
+
+
 def test_outputs_are_computed_again(backend_of_cpus):
     passes("recomputing", backend_of_cpus, 2)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..schedule import limits_at
-from . import layout
+from . import auto_limits, layout
 
 LEAKY_RELU_SLOPE = 0.01  # nn.LeakyReLU's default
 
@@ -37,10 +37,12 @@ def forward(
     momentum: float | None,
     eps: float,
     activation: str | None,
+    auto_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize in training mode and update the running statistics in place.
 
-    The clip limits are ``limits`` (r_max, d_max) if given, else those of ``schedule`` at ``num_batches_tracked``.
+    The clip limits are those of ``auto_state`` (``auto_limits.py``; updated in place) if given; else ``limits``
+    (r_max, d_max) if given; else those of ``schedule`` at ``num_batches_tracked``.
 
     Returns:
         y; and for the backward ``saved``, (4, C): batch_mean, inv_std, r, d; and ``bits``: where a ReLU after a
@@ -55,10 +57,13 @@ def forward(
 
     batch_mean, batch_var, m = batch_statistics(x, mask)
     saved, is_clipped = corrected(
-        batch_mean, batch_var, running_mean, running_var, num_batches_tracked, limits, schedule, eps
+        batch_mean, batch_var, running_mean, running_var, num_batches_tracked, limits, schedule, eps, auto_state
     )
     bits = write(y, x, residual, mask, weight, bias, saved, activation)
-    update(batch_mean, batch_var, m, is_clipped, running_mean, running_var, num_batches_tracked, clipped, momentum)
+    update(
+        batch_mean, batch_var, m, is_clipped, running_mean, running_var, num_batches_tracked, clipped, momentum, eps,
+        auto_state,
+    )  # fmt: skip
     return y, saved, bits
 
 
@@ -117,6 +122,7 @@ def corrected(
     limits: Tensor | None,
     schedule: list[float],
     eps: float,
+    auto_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``saved``, (4, C): batch_mean, inv_std, r, d; and whether r or d was clipped, (C,)."""
     inv_std = torch.rsqrt(batch_var + eps)
@@ -124,6 +130,8 @@ def corrected(
         r, d = torch.ones_like(batch_mean), torch.zeros_like(batch_mean)
         is_clipped = torch.zeros_like(batch_mean, dtype=torch.bool)
     else:
+        if auto_state is not None:
+            limits = auto_limits.limits_of(auto_state, batch_mean.dtype)
         if limits is None:
             step = num_batches_tracked
             if step is None:
@@ -182,13 +190,19 @@ def update(
     num_batches_tracked: Tensor | None,
     clipped: Tensor | None,
     momentum: float | None,
+    eps: float,
+    auto_state: Tensor | None = None,
 ) -> None:
-    """Move the running statistics, the counter and the clipped flags, in place."""
+    """Move the running statistics, the counter, the clipped flags and the state of automatic limits, in place."""
     if running_mean is not None and running_var is not None:
+        if auto_state is not None:
+            auto_limits.observe(auto_state, batch_mean, batch_var, m, running_var, eps)
         factor: Tensor | float
         if momentum is None:  # a cumulative average
             assert num_batches_tracked is not None
             factor = 1 / (num_batches_tracked + 1).to(batch_mean.dtype)
+        elif auto_state is not None and momentum > 0 and num_batches_tracked is not None:
+            factor = auto_limits.momentum_at(num_batches_tracked, momentum, batch_mean.dtype)
         else:
             factor = momentum
         finite = torch.isfinite(batch_mean) & torch.isfinite(batch_var)
