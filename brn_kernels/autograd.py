@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, ops, recompute
+from . import backends, distributed, ops, recompute
 from .backends import layout, reference
 
 
@@ -30,9 +30,9 @@ class BatchRenormFunction(torch.autograd.Function):
         rest: tuple[Any, ...],
     ) -> Tensor:
         ctx.eps, ctx.activation, ctx.backend, traced, ctx.process_group, auto_state = rest[7:]
-        # alone, automatic limits are the reference's whatever the backend (ops.py)
-        alone = distributed.group_of(ctx.process_group) is None
-        by = "reference" if auto_state is not None and alone else ctx.backend
+        by = ctx.backend
+        if auto_state is not None and not backends.resolve(by, x.device.type).FUSES_AUTO_LIMITS:
+            by = "reference" if distributed.group_of(ctx.process_group) is None else by
         call = None if traced else recompute.begin(x, residual, mask, weight, bias, ctx.activation, by)
         y, saved, bits = ops.run_forward(
             x, residual, mask, weight, bias, *rest[:-1], None if call is None else call.coefficients, auto_state

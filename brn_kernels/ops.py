@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, library
 
 from . import backends, distributed
-from .backends import reference
 from .backends.layout import bits_shape
 from .backends.reference import keeps_bits, statistics_dtype
 
@@ -72,9 +71,8 @@ def _forward(
     kernels = backends.resolve(backend, x.device.type)
     if (group := distributed.group_of(process_group)) is not None:
         return distributed.forward(kernels, group, *arguments, coefficients, auto_state)
-    if auto_state is not None:  # the kernels do not know it
-        return reference.forward(*arguments, auto_state)
-    return kernels.forward(*arguments) if coefficients is None else kernels.forward(*arguments, coefficients)
+    more = {"coefficients": coefficients, "auto_state": auto_state}
+    return kernels.forward(*arguments, **{name: given for name, given in more.items() if given is not None})
 
 
 @library.impl(_operators, "backward", "CompositeExplicitAutograd")

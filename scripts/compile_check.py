@@ -49,6 +49,7 @@ NO_STATISTICS = dict.fromkeys(("running_mean", "running_var", "num_batches_track
 OTHER_CALLS: dict[str, dict[str, Any]] = {
     "cumulative average": {"momentum": None},
     "limits as a tensor": {"limits": torch.empty(2, device="meta"), "num_batches_tracked": None, "clipped": None},
+    "automatic limits": {"auto_state": torch.empty(5, 256, device="meta")},
     "no running statistics": NO_STATISTICS,
     "half parameters and statistics": dict.fromkeys(("weight", "bias", "running_mean", "running_var"), HALF),
     "no weight, no bias": {"weight": None, "bias": None},

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ACTIVATIONS
-from triton_calls import LAYOUTS, assert_same, call, layout_like, run, spy
+from triton_calls import CLOSED, LAYOUTS, assert_same, call, layout_like, run, spy
 
 from brn_kernels.backends import layout, reference
 
@@ -141,6 +141,33 @@ def test_one_launch_where_there_is_little_to_do_or_a_program_for_each_channel():
     many = config.launch_for("forward", layout.Layout(False, 256, 2112, 196), 4, (196, 196 * 2112), 132)
     large = config.launch_for("forward", layout.Layout(True, 10**6, 64, 64), 4, (64,), 132)
     assert few.alone and many.alone and not large.alone
+
+
+# -- automatic limits
+
+
+@LAYOUTS
+@pytest.mark.parametrize("momentum", [0.1, None, 0.0], ids=str)
+def test_automatic_limits(launches, device, channels_last, momentum):
+    """Open and closed channels, some clipped; the state's update."""
+    arguments = call(device, (30, 7, 5, 3), channels_last=channels_last, momentum=momentum, schedule=CLOSED)
+    state = torch.rand(5, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    state[0] = torch.tensor([0, 1, 9, 10, 30, 49, 200])
+    state[3:] *= torch.logspace(-4, 0, 7)
+    arguments["x"][:, 5, 0, 0] = float("nan")
+    states = [state.clone().to(device) for _ in range(2)]
+    for _ in range(3):
+        others = {
+            name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+        }
+        ours = kernels.forward(**arguments, auto_state=states[0])
+        truth = reference.forward(**others, auto_state=states[1])
+        for name in ("running_mean", "running_var", "clipped", "num_batches_tracked"):
+            assert torch.allclose(arguments[name].double(), others[name].double(), rtol=1e-12), name
+        assert torch.allclose(ours[0], truth[0], rtol=1e-10, atol=1e-10, equal_nan=True)
+        assert torch.allclose(ours[1], truth[1], rtol=1e-10, atol=1e-10, equal_nan=True)
+        assert torch.allclose(states[0], states[1], rtol=1e-12) and states[0][0, 5] == 49
+    assert states[0][0].tolist() == [3, 4, 12, 13, 33, 49, 203]
 
 
 # -- what is needed

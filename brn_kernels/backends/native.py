@@ -16,6 +16,8 @@ from .sides import copy_back, dense, readable, writable
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "hardswish": 4}  # csrc/arguments.h
 
+FUSES_AUTO_LIMITS = False  # those calls are the reference backend's
+
 SANITIZE_VARIABLE = "BRN_KERNELS_SANITIZE"  # 1: load the library that `make sanitize` builds
 
 
@@ -81,12 +83,13 @@ def forward(
     eps: float,
     activation: str | None,
     coefficients: Tensor | None = None,
+    auto_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``reference.forward``; a mask is left to it."""
-    if not is_fused(x, residual, mask, activation):
+    """``reference.forward``; a mask and automatic limits are left to it."""
+    if auto_state is not None or not is_fused(x, residual, mask, activation):
         return reference.forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
-            momentum, eps, activation,
+            momentum, eps, activation, auto_state,
         )  # fmt: skip
     shape = sides.layout_of(x)
     source, extra = readable(x, shape), readable(residual, shape)

@@ -7,7 +7,9 @@ import triton
 
 from .launch import apply, backward, forward, is_fused
 
-__all__ = ["apply", "backward", "forward", "is_fused", "unusable"]
+__all__ = ["FUSES_AUTO_LIMITS", "apply", "backward", "forward", "is_fused", "unusable"]
+
+FUSES_AUTO_LIMITS = True
 
 
 def unusable(device_type: str) -> str | None:

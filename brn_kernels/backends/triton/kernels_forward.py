@@ -13,6 +13,7 @@ split the count, then the mean, then the sum of squares about it.
 import triton
 import triton.language as tl
 
+from .. import auto_limits
 from .kernels_common import (
     SIZES,
     activate,
@@ -32,13 +33,29 @@ from .kernels_common import (
 COEFFICIENT_ROWS = 4
 PARTIAL_ROWS = 3
 
+NOISE_WIDTHS = tl.constexpr(auto_limits.NOISE_WIDTHS)
+RATE = tl.constexpr(auto_limits.RATE)
+MIN_BATCHES = tl.constexpr(auto_limits.MIN_BATCHES)
+WARMUP = tl.constexpr(auto_limits.WARMUP)
+
 
 @triton.jit
 def limits_now(
-    counter_ptr, limits_ptr, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp, ACC: tl.constexpr
+    counter_ptr, limits_ptr, auto_ptr, channels, o_channels, m_channels,
+    r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp, ACC: tl.constexpr,
 ):  # fmt: skip
-    """r_max and d_max in force: ``limits_ptr``'s if given, else the schedule's at the counter (``schedule.py``)."""
-    if limits_ptr is not None:
+    """r_max and d_max in force: those of ``auto_ptr``, (CT,) each, if given; else two numbers.
+
+    Those are ``limits_ptr``'s if given, else the schedule's at the counter (``schedule.py``).
+    """
+    if auto_ptr is not None:
+        count = tl.load(auto_ptr + o_channels, mask=m_channels, other=0.0).to(ACC)
+        noise_d = tl.load(auto_ptr + 3 * channels + o_channels, mask=m_channels, other=0.0).to(ACC)
+        noise_r = tl.load(auto_ptr + 4 * channels + o_channels, mask=m_channels, other=0.0).to(ACC)
+        widths = tl.where(count >= MIN_BATCHES, NOISE_WIDTHS, 0.0).to(ACC)
+        r_limit = tl.exp(widths * tl.sqrt(noise_r))
+        d_limit = widths * tl.sqrt(noise_d)
+    elif limits_ptr is not None:
         r_limit = tl.load(limits_ptr).to(ACC)
         d_limit = tl.load(limits_ptr + 1).to(ACC)
     else:
@@ -49,6 +66,30 @@ def limits_now(
         r_limit = ramp_at(since, 1.0, r_max, r_ramp, ACC)
         d_limit = ramp_at(since, 0.0, d_max, d_ramp, ACC)
     return r_limit, d_limit
+
+
+@triton.jit
+def observe(
+    auto_ptr, channels, o_channels, m_tells, batch_mean, batch_var, running_var, eps: tl.float64, ACC: tl.constexpr
+):  # fmt: skip
+    """``auto_limits.observe``: take the batch into the state of automatic limits."""
+    count = tl.load(auto_ptr + o_channels, mask=m_tells, other=0.0).to(ACC)
+    last_mean = tl.load(auto_ptr + channels + o_channels, mask=m_tells, other=0.0).to(ACC)
+    last_log_std = tl.load(auto_ptr + 2 * channels + o_channels, mask=m_tells, other=0.0).to(ACC)
+    noise_d = tl.load(auto_ptr + 3 * channels + o_channels, mask=m_tells, other=0.0).to(ACC)
+    noise_r = tl.load(auto_ptr + 4 * channels + o_channels, mask=m_tells, other=0.0).to(ACC)
+    log_std = 0.5 * tl.log(batch_var + number(eps, ACC))
+    by_mean, by_log_std = batch_mean - last_mean, log_std - last_log_std
+    change_d = by_mean * by_mean / (2.0 * (running_var + number(eps, ACC)))
+    rate = tl.where(count > 0.0, tl.maximum(1.0 / tl.maximum(count, 1.0), number(RATE, ACC)), 0.0)
+    noise_d += rate * (change_d - noise_d)
+    noise_r += rate * (0.5 * by_log_std * by_log_std - noise_r)
+    m_valid = m_tells & is_finite(batch_mean) & is_finite(log_std) & is_finite(noise_d) & is_finite(noise_r)
+    tl.store(auto_ptr + o_channels, count + 1.0, mask=m_valid)
+    tl.store(auto_ptr + channels + o_channels, batch_mean, mask=m_valid)
+    tl.store(auto_ptr + 2 * channels + o_channels, log_std, mask=m_valid)
+    tl.store(auto_ptr + 3 * channels + o_channels, noise_d, mask=m_valid)
+    tl.store(auto_ptr + 4 * channels + o_channels, noise_r, mask=m_valid)
 
 
 @triton.jit
@@ -77,7 +118,7 @@ def affine_of(weight_ptr, bias_ptr, o_channels, m_channels, ACC: tl.constexpr):
 def stream_kernel(
     x_ptr, residual_ptr, y_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, clipped_ptr,  # (channels,)
-    counter_ptr, limits_ptr,  # int64; (2,)
+    counter_ptr, limits_ptr, auto_ptr,  # int64; (2,); (5, channels)
     saved_ptr, workspace_ptr, tickets_ptr,  # (4, channels); see above; (channel tiles,)
     outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
     x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v, hold, r_ramp, d_ramp,
@@ -107,8 +148,8 @@ def stream_kernel(
     predicted = tl.zeros([CT], tl.int32)
     if running_mean_ptr is not None:
         pivot, scale, shift, predicted = prediction(
-            running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, o_channels,
-            m_channels, r_max, d_max, hold, r_ramp, d_ramp, eps, ACC,
+            running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
+            channels, o_channels, m_channels, r_max, d_max, hold, r_ramp, d_ramp, eps, ACC,
         )  # fmt: skip
         speculates = tl.max(predicted, 0) > 0
 
@@ -160,8 +201,8 @@ def stream_kernel(
     if is_last:
         finish(
             p_partials, splits, padded, predicted, o_channels, m_channels, o_padded, tile,
-            running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, saved_ptr,
-            workspace_ptr, channels, r_max, d_max, hold, r_ramp, d_ramp, momentum, eps, values,
+            running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
+            saved_ptr, workspace_ptr, channels, r_max, d_max, hold, r_ramp, d_ramp, momentum, eps, values,
             ACC, CUMULATIVE, CHANNELS_LAST, CT, MERGE_ROWS,
         )  # fmt: skip
     if ALONE:
@@ -190,14 +231,17 @@ def load_item(
 
 @triton.jit
 def prediction(
-    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, o_channels,
-    m_channels, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp, eps: tl.float64, ACC: tl.constexpr,
+    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
+    channels, o_channels, m_channels, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp, eps: tl.float64,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """The coefficients of an unclipped channel, (CT,) each, and 1 where a channel is predicted to be one.
 
     Predicted: the limits are open and the channel was not clipped at the last step.
     """
-    r_limit, d_limit = limits_now(counter_ptr, limits_ptr, r_max, d_max, hold, r_ramp, d_ramp, ACC)
+    r_limit, d_limit = limits_now(
+        counter_ptr, limits_ptr, auto_ptr, channels, o_channels, m_channels, r_max, d_max, hold, r_ramp, d_ramp, ACC
+    )  # fmt: skip
     running_mean = tl.load(running_mean_ptr + o_channels, mask=m_channels, other=0.0).to(ACC)
     running_var = tl.load(running_var_ptr + o_channels, mask=m_channels, other=1.0).to(ACC)
     gamma, beta = affine_of(weight_ptr, bias_ptr, o_channels, m_channels, ACC)
@@ -238,8 +282,8 @@ def write(
 @triton.jit
 def finish(
     p_partials, splits, padded, predicted, o_channels, m_channels, o_padded, tile,
-    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, saved_ptr,
-    workspace_ptr, channels, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp,
+    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
+    saved_ptr, workspace_ptr, channels, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp,
     momentum: tl.float64, eps: tl.float64, values: tl.float64,
     ACC: tl.constexpr, CUMULATIVE: tl.constexpr, CHANNELS_LAST: tl.constexpr, CT: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
@@ -282,7 +326,10 @@ def finish(
         running_mean = tl.load(running_mean_ptr + o_channels, mask=m_channels, other=0.0).to(ACC)
         running_var = tl.load(running_var_ptr + o_channels, mask=m_channels, other=1.0).to(ACC)
         running_std = tl.sqrt(running_var + number(eps, ACC))
-        r_limit, d_limit = limits_now(counter_ptr, limits_ptr, r_max, d_max, hold, r_ramp, d_ramp, ACC)
+        r_limit, d_limit = limits_now(
+            counter_ptr, limits_ptr, auto_ptr, channels, o_channels, m_channels, r_max, d_max, hold, r_ramp, d_ramp,
+            ACC,
+        )  # fmt: skip
         r = batch_std / running_std
         d = (batch_mean - running_mean) / running_std
         finite = is_finite(batch_mean) & is_finite(batch_var)
@@ -298,11 +345,17 @@ def finish(
         factor = number(momentum, ACC)
         if CUMULATIVE:
             factor = 1.0 / (tl.load(counter_ptr) + 1).to(ACC)
+        elif auto_ptr is not None and counter_ptr is not None:
+            warmup = number(WARMUP, ACC)
+            at_least = warmup / (tl.load(counter_ptr).to(ACC) + warmup)
+            factor = tl.where(factor > 0.0, tl.maximum(factor, at_least), factor)
         unbiased_var = batch_var * (m_values / (m_values - 1.0))
         new_mean = (running_mean + factor * (batch_mean - running_mean)).to(running_mean_ptr.dtype.element_ty)
         new_var = (running_var + factor * (unbiased_var - running_var)).to(running_var_ptr.dtype.element_ty)
         m_tells = m_channels & (o_padded * 0 + m_values >= 2.0)  # one value says nothing about a variance
         m_finite = m_tells & finite
+        if auto_ptr is not None:
+            observe(auto_ptr, channels, o_channels, m_tells, batch_mean, batch_var, running_var, eps, ACC)
         tl.store(running_mean_ptr + o_channels, new_mean, mask=m_finite & is_finite(new_mean.to(ACC)))
         tl.store(running_var_ptr + o_channels, new_var, mask=m_finite & is_finite(new_var.to(ACC)))
         if clipped_ptr is not None:

@@ -48,12 +48,13 @@ def forward(
     eps: float,
     activation: str | None,
     coefficients: Tensor | None = None,
+    auto_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.forward`` in two launches, or in one."""
     if not is_fused(x, residual, mask, activation):
         return reference.forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
-            momentum, eps, activation,
+            momentum, eps, activation, auto_state,
         )  # fmt: skip
     shape = sides.layout_of(x)
     source, extra = readable(x, shape), readable(residual, shape)
@@ -72,14 +73,14 @@ def forward(
     r_max, d_max, hold, r_ramp, d_ramp = schedule
     weight, bias, limits = dense(weight), dense(bias), dense(limits)
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
-    bits_or_none = bits if kept else None
+    dense_state, bits_or_none = dense(auto_state), bits if kept else None
     integers = (*plan.integers, int(hold), int(r_ramp), int(d_ramp))
     floats = (r_max, d_max, 0.0 if momentum is None else momentum, eps, plan.values)
     with _on_device(x):
         launcher.launch(
             kernels_forward.stream_kernel, launch.grid,
             (source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
-             _as_bytes(dense_clipped), num_batches_tracked, limits, saved, workspace,
+             _as_bytes(dense_clipped), num_batches_tracked, limits, dense_state, saved, workspace,
              tickets(x.device, launch.channel_tiles)),
             integers, floats, plan.summing, x.device,
         )  # fmt: skip
@@ -90,7 +91,9 @@ def forward(
                 plan.integers, (), plan.writing, x.device,
             )  # fmt: skip
     target.copy_to(y)
-    copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
+    copy_back(
+        ((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped), (dense_state, auto_state))
+    )
     if coefficients is not None:
         coefficients.copy_(_coefficients(workspace, launch)[:3, : shape.channels])
     return y, saved, bits
