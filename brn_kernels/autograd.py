@@ -30,10 +30,12 @@ class BatchRenormFunction(torch.autograd.Function):
         rest: tuple[Any, ...],
     ) -> Tensor:
         ctx.eps, ctx.activation, ctx.backend, traced, ctx.process_group, auto_state = rest[7:]
-        by = ctx.backend
-        if auto_state is not None and not backends.resolve(by, x.device.type).FUSES_AUTO_LIMITS:
-            by = "reference" if distributed.group_of(ctx.process_group) is None else by
-        call = None if traced else recompute.begin(x, residual, mask, weight, bias, ctx.activation, by)
+        call = None
+        if not traced:
+            by = ctx.backend
+            if auto_state is not None and not backends.resolve(by, x.device.type).FUSES_AUTO_LIMITS:
+                by = "reference" if distributed.group_of(ctx.process_group) is None else by
+            call = recompute.begin(x, residual, mask, weight, bias, ctx.activation, by)
         y, saved, bits = ops.run_forward(
             x, residual, mask, weight, bias, *rest[:-1], None if call is None else call.coefficients, auto_state
         )
