@@ -1,6 +1,6 @@
 """Launches a Triton kernel without the work that Triton does for each argument at each launch.
 
-``kernel[grid](...)`` looks at every argument's type and value to find the compiled kernel: most of a small layer's time.
+``kernel[grid](...)`` looks at every argument's type and value to find the compiled kernel: a small layer's most time.
 Here a compiled kernel is found by what it depends on and nothing else: its constants, which remember what was compiled
 for them, the dtypes of its pointers and whether all are aligned to 16 bytes, and the device. Sizes and strides are
 never specialized on (``SIZES``), which is what makes that enough.
