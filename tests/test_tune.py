@@ -1,0 +1,131 @@
+"""``brn tune``: a thin layer over Optuna."""
+
+import math
+import sys
+
+import pytest
+
+import brn_kernels as brn
+from brn_kernels import cli
+
+optuna = pytest.importorskip("optuna")
+from brn_kernels import tune as tuning  # noqa: E402
+
+STEPS = 1000
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def distance(schedule, momentum, trial):
+    """Least at r_max 2, d_max 1 and momentum 0.1."""
+    return (schedule.r_max - 2) ** 2 + (schedule.d_max - 1) ** 2 + math.log10(momentum / 0.1) ** 2
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def test_it_finds_the_best_and_tries_the_default_first(storage):
+    study = tuning.tune(distance, steps=STEPS, trials=40, storage=storage)
+    default = brn.ClipSchedule.for_training(STEPS)
+    assert tuning.suggest(optuna.trial.FixedTrial(study.trials[0].params), STEPS) == (default, 0.01)
+    assert study.best_value < distance(default, 0.01, None) / 10
+
+
+def test_an_interrupted_study_goes_on(storage):
+    seen = []
+
+    def interrupted(schedule, momentum, trial):
+        seen.append(trial.number)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return distance(schedule, momentum, trial)
+
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune(interrupted, steps=STEPS, trials=8, storage=storage)
+    study = tuning.tune(interrupted, steps=STEPS, trials=8, storage=storage)
+    states = [trial.state.name for trial in study.trials]
+    assert states.count("COMPLETE") == 8 and len(seen) == 9
+    assert len(tuning.tune(interrupted, steps=STEPS, trials=8, storage=storage).trials) == len(states), "nothing left"
+
+
+def test_bad_trials_are_pruned():
+    def objective(schedule, momentum, trial):
+        value = distance(schedule, momentum, trial) + trial.number
+        for step in range(5):
+            trial.report(value, step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return value
+
+    study = tuning.tune(objective, steps=STEPS, trials=20, storage=None)
+    assert any(trial.state.name == "PRUNED" for trial in study.trials)
+
+
+def test_more_can_be_better():
+    study = tuning.tune(
+        lambda schedule, momentum, trial: schedule.r_max, steps=10, trials=15, storage=None, maximize=True
+    )
+    assert study.best_value > 4
+
+
+def test_the_best_line_is_python():
+    study = tuning.tune(distance, steps=STEPS, trials=3, storage=None)
+    found = {}
+
+    class Names:
+        ClipSchedule = brn.ClipSchedule
+        convert_batchnorm = staticmethod(lambda model, **keywords: found.update(keywords))
+
+    eval(tuning.best_line(study, STEPS), {"brn": Names, "model": None})
+    schedule, momentum = tuning.suggest(optuna.trial.FixedTrial(study.best_params), STEPS)
+    assert found["schedule"] == schedule and found["momentum"] == pytest.approx(momentum, rel=1e-3)
+
+
+MODULE = """
+def objective(schedule, momentum, trial):
+    return (schedule.r_max - 2) ** 2 + momentum
+
+number = 3
+"""
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_training.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    command = ["tune", "my_training:objective", "--steps", "500", "--trials", "6", "--plots", "figures"]
+    assert cli.main(command) == 0
+    output = capsys.readouterr().out
+    assert "brn.convert_batchnorm(model, schedule=brn.ClipSchedule(r_max=" in output
+    assert (tmp_path / "brn-tune.db").exists() and len(list((tmp_path / "figures").glob("*.png"))) >= 2
+    for wrong, message in (
+        ("no_such_module:objective", "no module 'no_such_module'"),
+        ("my_training:missing", "no function 'missing'"),
+        ("my_training", "no function ''"),
+        ("my_training:number", "expected module:function"),
+        (":objective", "expected module:function"),
+    ):
+        assert cli.main(["tune", wrong, "--steps", "5"]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["tune", "my_training:objective", "--steps", "0"]) == 2
+    assert "must be positive" in capsys.readouterr().err
+
+
+def test_without_optuna_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_training.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert cli.main(["tune", "my_training:objective", "--steps", "5"]) == 1
+    assert "brn_kernels[tune]" in capsys.readouterr().err
+
+
+def test_bad_numbers():
+    for bad in ({"steps": 0}, {"steps": 5, "trials": 0}, {"steps": 5, "timeout": -1.0}, {"steps": 5, "trials": None}):
+        with pytest.raises(ValueError, match="trials"):
+            tuning.tune(distance, storage=None, **bad)
