@@ -1,9 +1,9 @@
 """``brn.advise``: is BatchNorm enough for this model and these batches, or is it Batch Renormalization?
 
 How far batch means stray from the population's is split three ways, channel by channel, in population standard
-deviations. The variance of the sample means over N says what independent samples would give (exactly, however correlated
-the pixels of a sample are); what is beyond it is the batches' composition; what successive batches do not share with each
-other is the trend over time (von Neumann's mean squared successive difference).
+deviations: the variance of the sample means over N is what independent samples would give (exactly, however correlated
+the pixels of a sample are); the rest is the batches' composition, and a trend over time so far as successive batches
+differ by less than any two (von Neumann's mean squared successive difference).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Advice:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def figure(self, path: str | Path) -> None:
-        """Draw noise, composition and trend of each layer into ``path``; its ending says the format. Needs matplotlib."""
+        """Draw noise, composition and trend of each layer into ``path`` (.png, .svg, .pdf). Needs matplotlib."""
         from .advise_figure import draw
 
         draw(self, path)
@@ -84,9 +84,9 @@ def advise(
 ) -> Advice:
     """Say whether BatchNorm is enough for ``model`` on ``batches``, or Batch Renormalization should be used, and how.
 
-    Runs batches in training mode without gradients. Parameters, gradients, buffers, training flags, hooks and the random
-    number generators are as before afterwards, also if something raises. Batches are of this process alone: where a layer
-    pools those of several, the real noise is smaller.
+    Runs batches in training mode without gradients. Parameters, gradients, buffers, training flags, hooks and the
+    random number generators are as before afterwards, also if something raises. Batches are of this process alone:
+    where a layer pools those of several, the real noise is smaller.
 
     Args:
         model: has ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm`` or Batch Renormalization layers.
@@ -113,7 +113,10 @@ def advise(
         raise ValueError(f"batches must be an iterable of inputs, got {type(batches).__name__}") from None
     collected = collect(model, iterator, forward, max_batches)
     usable = _usable(collected)
-    layers = tuple(summarize(name, seen) for name, seen in usable.items())
+    summaries = {name: summarize(name, seen) for name, seen in usable.items()}
+    layers = tuple(layer for layer in summaries.values() if layer is not None)
+    if not layers:
+        raise ValueError("the inputs of all layers are constant")
     overall = in_all(layers)
     choice, why = decide(layers, overall, min(len({o.batch for o in seen}) for seen in usable.values()))
     renorm = any(isinstance(module, BatchRenorm) for module in model.modules())
@@ -123,6 +126,9 @@ def advise(
         notes.append(f"{collected.left_out} batches with one value per channel were left out")
     if collected.not_finite:
         notes.append(f"{collected.not_finite} inputs of layers with NaN or Inf were left out")
+    constant = [name for name, layer in summaries.items() if layer is None]
+    if constant:
+        notes.append(f"layers with constant inputs were left out: {', '.join(constant)}")
     return Advice(
         choice=choice,
         momentum=recommended.momentum,

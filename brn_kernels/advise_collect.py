@@ -110,9 +110,7 @@ def observe(x: Tensor, mask: Tensor | None = None, batch: int = 0) -> Observatio
         mask: bool, (N, *spatial) or (N, 1, *spatial), True where a value counts.
         batch: its number.
     """
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
-    if x.dim() == 2:
-        x = x[:, :, None]
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:2], -1)
     if mask is None:
         variance, mean = torch.var_mean(x, dim=2, correction=0)
         counts = torch.full((len(x),), x.shape[2], dtype=torch.float64)

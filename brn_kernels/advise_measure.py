@@ -43,8 +43,8 @@ class LayerAdvice:
     r_high: float
 
 
-def summarize(name: str, seen: list[Observation]) -> LayerAdvice:
-    """The numbers of one layer, from its observations, in float64."""
+def summarize(name: str, seen: list[Observation]) -> LayerAdvice | None:
+    """The numbers of one layer, from its observations, in float64; None if its input is constant."""
     means = torch.stack([o.mean for o in seen])
     squares = torch.stack([o.square for o in seen])
     values = torch.tensor([o.values for o in seen], dtype=torch.float64)
@@ -54,7 +54,7 @@ def summarize(name: str, seen: list[Observation]) -> LayerAdvice:
     variance = (share * squares).sum(0) + between
     alive = variance > 1e-12 * max(float(variance.max()), torch.finfo(torch.float64).tiny)
     if not bool(alive.any()):
-        raise ValueError(f"the input of {name} is constant in every channel")
+        return None
     means, squares, mean, variance = means[:, alive], squares[:, alive], mean[alive], variance[alive]
     sample_variance = (share * torch.stack([o.sample_square for o in seen])[:, alive]).sum(0) + between[alive]
     samples = sum(o.samples for o in seen)

@@ -33,13 +33,13 @@ class Statement:
 
 
 def decide(layers: tuple[LayerAdvice, ...], overall: LayerAdvice, batches: int) -> tuple[str, Statement]:
-    """The rule, all of it. The first that holds:
+    """The rule, all of it: the first of these that holds.
 
-    1. In some layer the trend is more than DRIFT, twice the composition and significant: BatchNorm. It normalizes by the
-       batch at hand, and running statistics are late.
-    2. In some layer composition adds more than EXCESS, and the variance of batch means is EXCESS_RATIO of the iid one and
-       significantly more: Batch Renormalization. Batch statistics then tell of the batch, not of the population that
-       evaluation normalizes by.
+    1. In some layer the trend is more than DRIFT, twice the composition and significant: BatchNorm. It normalizes by
+       the batch at hand, and running statistics are late.
+    2. In some layer composition adds more than EXCESS, and the variance of batch means is EXCESS_RATIO of the iid one
+       and significantly more: Batch Renormalization. Batch statistics then tell of the batch, not of the population
+       that evaluation normalizes by.
     3. Batches of up to FEW_SAMPLES samples, or noise above NOISE in all: Batch Renormalization, for the same gap.
     4. Else BatchNorm: it is as good, and it has no limits to choose.
 
@@ -55,14 +55,14 @@ def decide(layers: tuple[LayerAdvice, ...], overall: LayerAdvice, batches: int) 
             f"The stream drifts: in {worst.layer} the trend moves batch means by {worst.drift:.2f} standard deviations",
             worst.drift,
             f"more than {DRIFT} and than twice what composition adds ({worst.excess:.2f}); the successive differences' "
-            f"von Neumann ratio is {worst.neumann:.2f}, 2 without a trend. BatchNorm follows at once, running statistics "
-            "lag behind",
+            f"von Neumann ratio is {worst.neumann:.2f}, 2 without a trend. BatchNorm follows at once, running "
+            "statistics lag behind",
         )
     if uneven:
         worst = max(uneven, key=lambda x: x.excess)
         return BATCH_RENORM, Statement(
-            f"Batches are not drawn evenly: in {worst.layer} the variance of batch means is {_ratio(worst):.1f} times that "
-            "of iid batches",
+            f"Batches are not drawn evenly: in {worst.layer} the variance of batch means is {_ratio(worst):.1f} "
+            "times that of iid batches",
             _ratio(worst),
             f"more than {ratio:.1f}; composition moves them by {worst.excess:.3f} standard deviations, sampling by "
             f"{worst.noise:.3f}. BatchNorm trains on statistics that evaluation does not have",
@@ -84,7 +84,8 @@ def decide(layers: tuple[LayerAdvice, ...], overall: LayerAdvice, batches: int) 
         f"Batches are large and even enough: their means stray by {overall.d:.3f} standard deviations",
         overall.d,
         f"sampling gives {overall.noise:.3f} (limit {NOISE}), composition adds {overall.excess:.3f} and a trend "
-        f"{overall.drift:.3f}, in no layer beyond its limits ({EXCESS} with {ratio:.1f} times the iid variance; {DRIFT})",
+        f"{overall.drift:.3f}, in no layer beyond its limits ({EXCESS} with {ratio:.1f} times the iid variance; "
+        f"{DRIFT})",
     )
 
 

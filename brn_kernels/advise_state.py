@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever happens inside, the model and the random number generators are as before afterwards.
 
-    Kept: values of parameters, buffers and gradients, which tensors they are, training flags, hooks, submodules and all
-    other attributes of every module that are set by assignment; generators of torch (CPU and CUDA), Python and NumPy.
-    Costs a copy of all parameters, gradients and buffers. What is compiled runs eagerly inside, so that hooks are called.
+    Kept: values of parameters, buffers and gradients, which tensors they are, training flags, hooks, submodules and
+    all other attributes of every module that are set by assignment; generators of torch (CPU and CUDA), Python and
+    NumPy. Costs a copy of all parameters, gradients and buffers. What is compiled runs eagerly inside, so that hooks
+    are called.
 
     Raises:
         ValueError: a lazy module has no shape yet: its first batch would change it for good.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet: run a batch through the model first")
     attributes = [_Attributes(module) for module in model.modules()]
     tensors = [*model.parameters(), *model.buffers()]
@@ -47,9 +48,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for tensor, value in values:
                     _set(tensor, value)
-                for parameter, gradient, value in gradients:
-                    if gradient is not None and value is not None:
-                        _set(gradient, value)
+                for parameter, gradient, kept in gradients:
+                    if gradient is not None and kept is not None:
+                        _set(gradient, kept)
                     if parameter.grad is not gradient:
                         parameter.grad = gradient
 

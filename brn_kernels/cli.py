@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, available_backends, backends
+from .cli_user import add_advise, add_tune
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "tabulate", "tqdm", "torchvision", "timm")
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="brn", description="Batch Renormalization for PyTorch.")
     parser.add_argument("--version", action="version", version=f"brn_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
-    for add in (_add_info, _add_build, _add_demo, _add_bench):
+    for add in (_add_info, _add_build, _add_demo, _add_bench, add_advise, add_tune):
         add(commands)
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["bench"]:  # it has a parser of its own
