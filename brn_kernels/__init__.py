@@ -1,5 +1,6 @@
 """Batch Renormalization (Ioffe 2017) for PyTorch: a drop-in replacement for BatchNorm."""
 
+from .advise import Advice, advise
 from .backends import available_backends, use_backend
 from .convert import convert_batchnorm, convert_sync, revert_to_batchnorm
 from .functional import batch_renorm
@@ -13,6 +14,7 @@ from .schedule import ClipSchedule
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "BatchRenorm",
     "BatchRenorm1d",
     "BatchRenorm2d",
@@ -21,6 +23,7 @@ __all__ = [
     "ClipSchedule",
     "FusionReport",
     "FusionRow",
+    "advise",
     "available_backends",
     "batch_renorm",
     "convert_batchnorm",

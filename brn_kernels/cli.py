@@ -11,11 +11,11 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from . import __version__, available_backends, backends
+from .cli_user import add_advise, add_tune
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "tabulate", "tqdm", "torchvision", "timm")
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="brn", description="Batch Renormalization for PyTorch.")
     parser.add_argument("--version", action="version", version=f"brn_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
-    for add in (_add_info, _add_build, _add_demo, _add_bench, _add_tune):
+    for add in (_add_info, _add_build, _add_demo, _add_bench, add_advise, add_tune):
         add(commands)
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["bench"]:  # it has a parser of its own
@@ -81,24 +81,6 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     commands.add_parser("bench", help="time layers and networks against what one would use instead (from a checkout)")
-
-
-def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "tune",
-        help="Optuna over the schedule and the momentum, with a training of your own",
-        description="OBJECTIVE is a function of yours, objective(schedule, momentum, trial) -> float, that trains and "
-        "returns what is to be minimized; trial is Optuna's. An interrupted study goes on when started again.",
-    )
-    parser.add_argument("objective", metavar="MODULE:OBJECTIVE")
-    parser.add_argument("--steps", type=int, required=True, help="of a training")
-    parser.add_argument("--trials", type=int, default=30, help="in all, earlier runs included (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, help="seconds after which no further trial begins")
-    parser.add_argument("--study", default="brn", help="name of the study (default: %(default)s)")
-    parser.add_argument("--storage", default="sqlite:///brn-tune.db", help="database (default: %(default)s)")
-    parser.add_argument("--maximize", action="store_true", help="more is better")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="where to put Optuna's figures")
-    parser.set_defaults(run=_tune)
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -198,53 +180,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     seeds, steps = (1, 40) if arguments.quick else (arguments.seeds, arguments.steps)
     run_demo(seeds, steps, arguments.out)
     return 0
-
-
-def _tune(arguments: argparse.Namespace) -> int:
-    from . import tune
-
-    try:
-        objective = _function_of_the_user(arguments.objective)
-        study = tune.tune(
-            objective, steps=arguments.steps, trials=arguments.trials, timeout=arguments.timeout,
-            study=arguments.study, storage=arguments.storage, maximize=arguments.maximize,
-        )  # fmt: skip
-        drawn = tune.plot(study, arguments.plots) if arguments.plots else []
-    except ModuleNotFoundError as error:
-        if error.name not in ("optuna", "matplotlib"):
-            raise
-        print(f"brn tune needs {error.name}: pip install 'brn_kernels[tune]'", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"brn tune: {error}", file=sys.stderr)
-        return 2
-    for path in drawn:
-        print(path)
-    print(f"best of {len(study.trials)} trials: {study.best_value:.6g}")
-    print(tune.best_line(study, arguments.steps))
-    return 0
-
-
-def _function_of_the_user(name: str) -> Callable[..., Any]:
-    """The function ``module:name``; modules of the current folder are found too.
-
-    Raises:
-        ValueError: there is none.
-    """
-    module_name, _, function_name = name.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name) if module_name else None
-    except ModuleNotFoundError as error:
-        if error.name != module_name.partition(".")[0] and error.name != module_name:
-            raise
-        raise ValueError(f"there is no module {module_name!r} here") from None
-    except AttributeError:
-        raise ValueError(f"{module_name} has no function {function_name!r}") from None
-    if not callable(function):
-        raise ValueError(f"expected module:function, got {name!r}")
-    return function
 
 
 def _bench(argv: Sequence[str]) -> int:

@@ -104,10 +104,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "brn.convert_batchnorm(model, schedule=brn.ClipSchedule(r_max=" in output
     assert (tmp_path / "brn-tune.db").exists() and len(list((tmp_path / "figures").glob("*.png"))) >= 2
     for wrong, message in (
-        ("no_such_module:objective", "no module 'no_such_module'"),
-        ("my_training:missing", "no function 'missing'"),
-        ("my_training", "no function ''"),
-        ("my_training:number", "expected module:function"),
+        ("no_such_module:objective", "no module named 'no_such_module'"),
+        ("my_training:missing", "has no 'missing'"),
+        ("my_training", "expected module:function"),
+        ("my_training:number", "is a int, not a function"),
         (":objective", "expected module:function"),
     ):
         assert cli.main(["tune", wrong, "--steps", "5"]) == 2
