@@ -6,6 +6,7 @@ All that searches, prunes, stores and plots is Optuna's; here is the search spac
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,9 @@ def write_plots(study: optuna.Study, folder: str) -> list[Path]:
     for name in PLOTS:
         path = Path(folder) / f"{name.removeprefix('plot_')}.png"
         try:
-            drawn = getattr(plots, name)(study)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                drawn = getattr(plots, name)(study)
         except (RuntimeError, ValueError, ImportError):  # fewer than two trials, nothing reported, no scikit-learn
             continue
         axes = drawn.flat[0] if hasattr(drawn, "flat") else drawn
