@@ -19,7 +19,7 @@ from torch import nn
 
 from .advise_collect import Collected, Observation, collect
 from .advise_measure import LayerAdvice, in_all, summarize
-from .advise_rule import Statement, decide, recommend
+from .advise_rule import Statement, caution, decide, recommend
 from .modules import BatchRenorm
 
 LEAST_BATCHES = 8  # fewer give no between-batch variance worth the name
@@ -39,7 +39,7 @@ class Advice:
         overall: the layers' root mean squares, under the name ``"all"``.
         layers: one entry per layer.
         batches: how many were run.
-        notes: what was left out of the measurement.
+        notes: what was left out of the measurement, and where the advice is not certain.
     """
 
     choice: str
@@ -126,6 +126,9 @@ def advise(
         notes.append(f"{collected.left_out} batches with one value per channel were left out")
     if collected.not_finite:
         notes.append(f"{collected.not_finite} inputs of layers with NaN or Inf were left out")
+    careful = caution(choice, layers)
+    if careful:
+        notes.append(careful)
     constant = [name for name, layer in summaries.items() if layer is None]
     if constant:
         notes.append(f"layers with constant inputs were left out: {', '.join(constant)}")

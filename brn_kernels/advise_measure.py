@@ -52,7 +52,8 @@ def summarize(name: str, seen: list[Observation]) -> LayerAdvice | None:
     mean = (share * means).sum(0)
     between = (share * (means - mean).square()).sum(0)
     variance = (share * squares).sum(0) + between
-    alive = variance > 1e-12 * max(float(variance.max()), torch.finfo(torch.float64).tiny)
+    resolved = torch.maximum(1e-12 * variance.max(), 1e-14 * mean.square())  # float32 tells no less from a constant
+    alive = variance > resolved
     if not bool(alive.any()):
         return None
     means, squares, mean, variance = means[:, alive], squares[:, alive], mean[alive], variance[alive]

@@ -20,6 +20,7 @@ SIGNIFICANT = 3  # standard errors that ratio and trend must be away from those 
 
 STRAY = 0.05  # what the running mean may stray by sampling: sets the momentum
 MOMENTA = (0.01, 0.1)  # the paper's and PyTorch's
+SMALL = 0.15  # a gap below this did BatchNorm no measurable harm in our trainings: the advice then says so
 CLOSED = 32  # the limits are closed for 1/32 of the training; the running statistics' memory is to be no longer
 
 
@@ -91,6 +92,17 @@ def decide(layers: tuple[LayerAdvice, ...], overall: LayerAdvice, batches: int) 
 
 def _ratio(layer: LayerAdvice) -> float:
     return layer.d**2 / layer.noise**2 if layer.noise > 0 else math.inf
+
+
+def caution(choice: str, layers: tuple[LayerAdvice, ...]) -> str | None:
+    """What to know before Batch Renormalization is used where the gap measured is small."""
+    largest = max(layer.d for layer in layers)
+    if choice == BATCHNORM or largest > SMALL:
+        return None
+    return (
+        f"the gap is small (batch means stray by {largest:.3f} standard deviations at most, less than {SMALL}): in short "
+        "trainings of a small convolutional network BatchNorm was as good there or better, so try both"
+    )
 
 
 @dataclass(frozen=True)

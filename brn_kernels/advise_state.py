@@ -41,6 +41,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             numpy_random = sys.modules["numpy"].random
             stack.callback(numpy_random.set_state, numpy_random.get_state())
         try:
+            _swap_buffers(model)
             yield
         finally:
             for saved in attributes:
@@ -53,6 +54,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
                         _set(gradient, kept)
                     if parameter.grad is not gradient:
                         parameter.grad = gradient
+
+
+def _swap_buffers(model: nn.Module) -> None:
+    """Run on copies: writing into a running statistic would invalidate a graph that holds it for its backward."""
+    copies: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
 
 
 class _Attributes:
