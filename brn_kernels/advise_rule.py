@@ -100,8 +100,8 @@ def caution(choice: str, layers: tuple[LayerAdvice, ...]) -> str | None:
     if choice == BATCHNORM or largest > SMALL:
         return None
     return (
-        f"the gap is small (batch means stray by {largest:.3f} standard deviations at most, less than {SMALL}): in short "
-        "trainings of a small convolutional network BatchNorm was as good there or better, so try both"
+        f"the gap is small (batch means stray by {largest:.3f} standard deviations at most, less than {SMALL}): in "
+        "short trainings of a small convolutional network BatchNorm was as good there or better, so try both"
     )
 
 

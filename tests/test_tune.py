@@ -149,7 +149,10 @@ def test_refuses_in_one_line(name, options, message, capsys):
     assert len(err) == 1 and message in err[0]
 
 
-@pytest.mark.parametrize("changed, message", [(["--steps", "50"], "1000 steps, not 50"), (["--direction", "minimize"], "another direction")])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed, message",
+    [(["--steps", "50"], "1000 steps, not 50"), (["--direction", "minimize"], "another direction")],
+)
 def test_another_study_under_the_same_name_is_refused(changed, message, capsys):
     assert run("objective", "--trials", "1") == 0
     assert run("objective", "--trials", "1", *changed) == 2
