@@ -100,7 +100,7 @@ def _quantile(values: Tensor) -> float:
 
 
 def in_all(layers: tuple[LayerAdvice, ...]) -> LayerAdvice:
-    """Root mean squares over the layers, and medians of the rest."""
+    """Root mean squares over the layers; medians of samples and Neumann's ratio; the widest quantiles."""
 
     def rms(name: str) -> float:
         return math.sqrt(statistics.fmean(getattr(layer, name) ** 2 for layer in layers))
@@ -113,5 +113,5 @@ def in_all(layers: tuple[LayerAdvice, ...]) -> LayerAdvice:
         neumann=statistics.median(layer.neumann for layer in layers),
         noise=noise,
         **{name: rms(name) for name in ("d", "excess", "drift", "log_r")},
-        **{name: statistics.median(getattr(layer, name) for layer in layers) for name in ("d_high", "r_high")},
+        **{name: max(getattr(layer, name) for layer in layers) for name in ("d_high", "r_high")},
     )

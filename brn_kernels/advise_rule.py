@@ -100,8 +100,8 @@ def caution(choice: str, layers: tuple[LayerAdvice, ...]) -> str | None:
     if choice == BATCHNORM or largest > SMALL:
         return None
     return (
-        f"the gap is small (batch means stray by {largest:.3f} standard deviations at most, less than {SMALL}): in short "
-        "trainings of a small convolutional network BatchNorm was as good there or better, so try both"
+        f"the gap is small (batch means stray by {largest:.3f} standard deviations at most, less than {SMALL}): in "
+        "short trainings of a small convolutional network BatchNorm was as good there or better, so try both"
     )
 
 
@@ -164,8 +164,8 @@ def _momentum_statement(momentum: float, overall: LayerAdvice) -> Statement:
         f"Momentum {momentum:g}",
         momentum,
         f"from {MOMENTA[0]:g} to {MOMENTA[1]:g}; a running mean strays by sqrt(m / (2 - m)) of what batch means do, "
-        f"{stray:.3f} standard deviations without the trend: {stray * math.sqrt(momentum / (2 - momentum)):.3f}, "
-        f"{STRAY} at most if the least momentum allows",
+        f"{stray:.3f} standard deviations without the trend: {stray * math.sqrt(momentum / (2 - momentum)):.3f} "
+        f"(aimed at: {STRAY} or less)",
     )
 
 

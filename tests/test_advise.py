@@ -1,4 +1,4 @@
-"""brn.advise: its numbers against float64 by hand, its choices on streams made for them, and that it changes nothing."""
+"""brn.advise: its numbers against float64 by hand, its choices on streams made for them; it changes nothing."""
 
 import dataclasses
 import json
