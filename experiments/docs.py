@@ -9,6 +9,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from .candidates import BN, CANDIDATES
+from .claims import NAMES
 from .common import ACCURACY, Experiment, Judgement, values
 from .record import load
 from .verdicts import METHOD, interval
@@ -45,7 +46,8 @@ def page(experiments: dict[str, Experiment], results: Path, draw: bool = True) -
 
 
 def csv_of(results: Path, letter: str) -> Path | None:
-    return next(iter(sorted(results.glob(f"{letter}_*.csv"))), None)
+    path = results / f"{NAMES[letter]}.csv"
+    return path if path.exists() else None
 
 
 def overview(experiments: dict[str, Experiment], rows: dict[str, pd.DataFrame]) -> str:
@@ -100,15 +102,9 @@ def section(letter: str, one: Experiment, rows: pd.DataFrame, draw: bool) -> str
             f"![Claim {letter}](figures/experiments/{letter}.png)",
             f"**Limits of the evidence.** {one.limits[0].upper()}{one.limits[1:]}.",
             f"{first.device}, {first.backend} backend, torch {first.torch}, {first.date}, commit {first.commit}{dirty}. "
-            f"Limits of an axis may cut early values off. [All rows](../experiments/results/{_name(rows, letter)}).",
+            f"Limits of an axis may cut early values off. [All rows](../experiments/results/{NAMES[letter]}.csv).",
         ]
     )
-
-
-def _name(rows: pd.DataFrame, letter: str) -> str:
-    from .__main__ import NAMES
-
-    return f"{NAMES[letter]}.csv"
 
 
 def means(rows: pd.DataFrame, measure: str) -> str:
