@@ -92,11 +92,15 @@ def judge_each(
     rule: Callable[[Interval], str],
     sign: int = 1,
     headline: bool = True,
+    measure: str = ACCURACY,
 ) -> list[Judgement]:
     """The same statement on (BRN - BN) * sign, all conditions together; it needs each of them."""
     found = []
     for candidate, words in JUDGED.items():
-        pairs = {name: sign * (values(rows, name, candidate) - values(rows, name, BN)) for name in conditions}
+        pairs = {
+            name: sign * (values(rows, name, candidate, measure) - values(rows, name, BN, measure))
+            for name in conditions
+        }
         intervals = {name: interval(list(pair)) for name, pair in pairs.items()}
         verdict = every([rule(each) for each in intervals.values()])
         numbers = "; ".join(f"{name}: {each}" for name, each in intervals.items())
