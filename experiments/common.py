@@ -18,12 +18,16 @@ Row = dict[str, Any]  # measure, x, seed, value
 
 @dataclass(frozen=True)
 class Job:
-    """One training of all ``seeds`` side by side, or whatever an experiment does in one go."""
+    """One training of all ``seeds`` side by side, or whatever an experiment does in one go.
+
+    ``work``: steps it reports, where they are not ``steps``.
+    """
 
     condition: str
     candidate: str
     seeds: tuple[int, ...]
     steps: int
+    work: int | None = None
 
     def __str__(self) -> str:
         return f"{self.condition} | {self.candidate} | seeds {self.seeds[0]}-{self.seeds[-1]} | {self.steps} steps"
@@ -67,7 +71,7 @@ def jobs_of(
 ) -> list[Job]:
     """Each condition (a name and steps) with each candidate; the quick ones show only that it works."""
     return [
-        Job(condition, candidate, tuple(range(2 if quick else seeds)), 8 if quick else steps)
+        Job(condition, candidate, tuple(range(2 if quick else seeds)), 4 if quick else steps)
         for condition, steps in conditions
         for candidate in candidates
     ]

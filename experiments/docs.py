@@ -18,16 +18,17 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURES = DOCS / "when-to-use.md", DOCS / "figures" / "experiments"
 INTRODUCTION = """# When does Batch Renormalization help?
 
-Written by `make docs-experiments` from the CSVs in [`experiments/results`](../experiments/results); no number or verdict
-here was typed by hand. `make experiments` goes on where the recorded runs end; `python -m experiments b --fresh` runs one
-claim anew. Small networks on small data, so that anyone can repeat it: what they show need not hold for ImageNet.
+Written by `make docs-experiments` from the CSVs in [`experiments/results`](../experiments/results); no number or
+verdict here was typed by hand. `make experiments` goes on where the recorded runs end; `python -m experiments b
+--fresh` runs one claim anew. Small networks on small data, so that anyone can repeat it: what they show need not hold
+for ImageNet.
 
 **Candidates.** `BN, 0.1` and `BN, 0.01` are PyTorch's BatchNorm with this momentum. `BRN` is this package's layer:
-"scaled" is `ClipSchedule.for_training(steps)`, the paper's schedule scaled to the training (with the paper's momentum,
-0.01, and with 0.1); "(3, 5)" is `ClipSchedule.constant(3, 5)`, the paper's final limits from the first step on; "auto" is
-`ClipSchedule.auto()`. Claims are judged for the paper's settings and for the automatic limits, against `BN, 0.1`.
-All candidates of a seed have the same initial weights, batches, optimizer and learning rate. The rate is the best for
-`BN, 0.1` of 0.005, 0.01, 0.02, 0.05 and 0.1 on other seeds ([`rates.csv`](../experiments/results/rates.csv),
+"scaled" is `ClipSchedule.for_training(steps)`, the paper's schedule scaled to the training (with the paper's
+momentum, 0.01, and with 0.1); "(3, 5)" is `ClipSchedule.constant(3, 5)`, the paper's final limits from the first step
+on; "auto" is `ClipSchedule.auto()`. Claims are judged for the paper's settings and for the automatic limits, against
+`BN, 0.1`. All candidates of a seed have the same initial weights, batches, optimizer and learning rate. The rate is
+the best for `BN, 0.1` of 0.01, 0.02, 0.05 and 0.1 on other seeds ([`rates.csv`](../experiments/results/rates.csv),
 `python -m experiments.rates`) where batches of images are trained on from scratch; elsewhere it was set beforehand.
 Test accuracies are those of evaluation, normalized by running statistics, at the end of the training.
 """
@@ -101,7 +102,8 @@ def section(letter: str, one: Experiment, rows: pd.DataFrame, draw: bool) -> str
             means(rows, one.table),
             f"![Claim {letter}](figures/experiments/{letter}.png)",
             f"**Limits of the evidence.** {one.limits[0].upper()}{one.limits[1:]}.",
-            f"{first.device}, {first.backend} backend, torch {first.torch}, {first.date}, commit {first.commit}{dirty}. "
+            f"{first.device}, {first.backend} backend, torch {first.torch}, {first.date}, commit "
+            f"{first.commit}{dirty}. "
             f"Limits of an axis may cut early values off. [All rows](../experiments/results/{NAMES[letter]}.csv).",
         ]
     )

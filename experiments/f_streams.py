@@ -10,7 +10,7 @@ from .figures import curves
 from .images import by_seed, initial
 from .verdicts import more
 
-STEPS, BATCH, FEATURES, CLASSES, HIDDEN, RATE = 3000, 16, 16, 5, 32, 0.02
+STEPS, BATCH, FEATURES, CLASSES, HIDDEN, RATE = 2000, 16, 16, 5, 32, 0.02
 WINDOW = STEPS // 20
 ONLINE = "accuracy in the last steps, %"
 PREQUENTIAL = "prequential accuracy, %"
@@ -96,12 +96,15 @@ def judge(rows):
 EXPERIMENT = Experiment(
     claim="On streams that change (drift, online learning), BatchNorm is better",
     source="opinion: running statistics lag behind the stream",
-    setup=f"generated streams, {FEATURES} features, {CLASSES} classes of two clusters; perceptron with two hidden layers "
+    setup=f"generated streams, {FEATURES} features, {CLASSES} classes of two clusters; perceptron with two "
+    "hidden layers "
     f"of {HIDDEN}, normalized; {STEPS:,} batches of {BATCH}, SGD with momentum 0.9 and learning rate {RATE}, constant. "
     + "; ".join(f"{name}: {what}" for name, what in STREAMS.items()),
-    rule="prequential accuracy (each batch is predicted, normalized by running statistics, before it is trained on; mean "
+    rule="prequential accuracy (each batch is predicted, normalized by running statistics, before it is "
+    "trained on; mean "
     "over all steps) of BN, 0.1 above that of Batch Renormalization on every stream that changes",
-    limits="generated data; one learning rate; for_training knows the length of the stream, which real ones do not tell",
+    limits="generated data; one learning rate; for_training knows the length of the stream, which real ones do "
+    "not tell",
     jobs=lambda quick: jobs_of([(name, STEPS) for name in STREAMS], quick),
     run=run,
     judge=judge,

@@ -12,7 +12,7 @@ from .gates import CLASSES, HIDDEN, Recurrent
 from .images import OPTIMIZER, POINTS_OF_CURVES, Condition, batches_of, by_seed, digits, initial
 from .verdicts import more
 
-STEPS, BATCH, RATE = 800, 16, 0.1
+STEPS, BATCH, RATE = 600, 16, 0.1
 CONDITIONS = {
     "LSTM, pooled over time": ("LSTM", False, False),
     "LSTM, per time step": ("LSTM", True, False),
@@ -65,8 +65,10 @@ def run(job: Job, progress):
 EXPERIMENT = Experiment(
     claim="Networks with gates (LSTM, GRU) do not suit Batch Renormalization",
     source="opinion: its corrections would shift what gates are sensitive to",
-    setup=f"digits as sequences of 8 rows, LSTM and GRU of {HIDDEN} units; what comes from the input is normalized, with "
-    "statistics of each time step or pooled over all; masked: the last 1 to 3 rows of every second sequence are padding "
+    setup=f"digits as sequences of 8 rows, LSTM and GRU of {HIDDEN} units; what comes from the input is "
+    "normalized, with "
+    "statistics of each time step or pooled over all; masked: the last 1 to 3 rows of every second "
+    "sequence are padding "
     f"that the layer's mask leaves out (BN there: our layer with closed limits); {OPTIMIZER}, learning rate {RATE}, "
     f"gradients clipped at 1; {STEPS} iid batches of {BATCH}",
     rule="test accuracy of BN, 0.1 above that of Batch Renormalization in every variant",

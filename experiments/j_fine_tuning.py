@@ -26,7 +26,7 @@ def pretrained(seeds: tuple[int, ...], steps: int):
 
 def run(job: Job, progress):
     condition = CONDITIONS[NAMES.index(job.condition)]
-    model = copy.deepcopy(pretrained(job.seeds, 8 if job.steps < condition.steps else PRETRAINING.steps))
+    model = copy.deepcopy(pretrained(job.seeds, 4 if job.steps < condition.steps else PRETRAINING.steps))
     for layer in model.modules():
         if isinstance(layer, _NormBase):
             layer.num_batches_tracked.zero_()  # the schedule is that of the fine-tuning

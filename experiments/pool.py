@@ -19,16 +19,16 @@ _steps: Any = None  # of a worker: the queue that counts steps
 
 
 def run(chosen: dict[str, Experiment], results: Path, quick: bool, fresh: bool, workers: int) -> None:
-    """All jobs that are not recorded yet, the longest first."""
+    """All jobs that are not recorded yet, claim by claim, the longest first."""
     files = {letter: Results(results / f"{NAMES[letter]}.csv", fresh) for letter in chosen}
     jobs = [
         (letter, job) for letter, one in chosen.items() for job in one.jobs(quick) if str(job) not in files[letter].done
     ]
-    jobs.sort(key=lambda pair: -pair[1].steps)
+    jobs.sort(key=lambda pair: (pair[0], -(pair[1].work or pair[1].steps)))
     context = multiprocessing.get_context("spawn")
     steps = context.Manager().Queue()
     with (
-        tqdm(total=sum(job.steps for _, job in jobs), unit="step", mininterval=1, smoothing=0.02) as bar,
+        tqdm(total=sum(job.work or job.steps for _, job in jobs), unit="step", mininterval=1, smoothing=0.02) as bar,
         ProcessPoolExecutor(workers, context, _begin, (steps,)) as pool,
     ):
         counter = Thread(target=_count, args=(steps, bar), daemon=True)
@@ -43,8 +43,9 @@ def run(chosen: dict[str, Experiment], results: Path, quick: bool, fresh: bool, 
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        steps.put(None)
-        counter.join()
+        finally:
+            steps.put(None)
+            counter.join()
 
 
 def _begin(steps: Any) -> None:

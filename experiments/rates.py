@@ -11,16 +11,16 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from . import a_iid_batches, b_small_batches, c_few_classes, e_small_datasets
+from . import a_iid_batches, b_small_batches, c_few_classes
 from .candidates import BN, CANDIDATES
 from .common import ACCURACY, Job, Row
 from .images import Condition, initial, train
 from .record import RESULTS, about
 
-RATES = (0.005, 0.01, 0.02, 0.05, 0.1)
+RATES = (0.01, 0.02, 0.05, 0.1)
 SEEDS = tuple(range(100, 104))  # not those of the experiments
-STEPS = 800
-MODULES = (a_iid_batches, b_small_batches, c_few_classes, e_small_datasets)
+STEPS = 500
+MODULES = (a_iid_batches, b_small_batches, c_few_classes)
 
 
 def conditions() -> dict[str, Condition]:

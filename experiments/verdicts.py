@@ -11,12 +11,14 @@ from scipy import stats
 
 CONFIRMED, REFUTED, NOT_DECIDED = "confirmed", "refuted", "not decided"
 POINTS = 0.5  # of accuracy: less is negligible. On 597 test images a point is six images.
-METHOD = f"""Values of candidates are paired by seed (the same initial weights and batches); an interval is the mean of
-the paired differences with its 95 % t-interval over the seeds. "More than x" is confirmed if the whole interval is above
-x, refuted if all of it is below x plus what is negligible ({POINTS:g} points of accuracy unless said otherwise). "Equal" is
-confirmed if all of the interval is within the margin, refuted if all of it is outside. Of several statements that must
-all hold, one refuted one refutes; all must be confirmed to confirm. All else is not decided. Intervals are not corrected
-for the number of comparisons: of twenty, one is expected to miss by chance."""
+METHOD = f"""
+Values of candidates are paired by seed (the same initial weights and batches); an interval is the mean of the paired
+differences with its 95 % t-interval over the seeds. "More than x" is confirmed if the whole interval is above x,
+refuted if all of it is below x plus what is negligible ({POINTS:g} points of accuracy unless said otherwise). "Equal"
+is confirmed if all of the interval is within the margin, refuted if all of it is outside. Of several statements that
+must all hold, one refuted one refutes; all must be confirmed to confirm. All else is not decided. Intervals are not
+corrected for the number of comparisons: of twenty, one is expected to miss by chance.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def interval(values: Sequence[float]) -> Interval:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, -math.inf, math.inf)
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 
