@@ -67,7 +67,7 @@ def jobs_of(
     conditions: Iterable[tuple[str, int]],
     quick: bool,
     candidates: Iterable[str] = tuple(CANDIDATES),
-    seeds: int = 8,
+    seeds: int = 6,
 ) -> list[Job]:
     """Each condition (a name and steps) with each candidate; the quick ones show only that it works."""
     return [

@@ -12,8 +12,8 @@ from .figures import intervals
 from .images import NETWORK, OPTIMIZER, Condition, digits, initial, train
 from .verdicts import POINTS, interval, more
 
-TRIALS, STEPS, VALIDATION = 12, 300, 300
-SIDE_BY_SIDE = 3  # seeds of every training
+TRIALS, STEPS, VALIDATION = 12, 200, 300
+SIDE_BY_SIDE = 2  # seeds of every training
 WORKS = "iid 32, where BatchNorm works"
 CONDITIONS = (Condition(WORKS, 32, 10, STEPS, 0.05), Condition("iid 4", 4, 10, STEPS, 0.1))
 NAMES = [condition.name for condition in CONDITIONS]
@@ -102,7 +102,7 @@ EXPERIMENT = Experiment(
         Job(condition.name, method, (seed,), *((3, 3) if quick else (STEPS, work)))
         for condition in CONDITIONS
         for method, work in zip((BN, PAPER, AUTO, GRID, TPE), 3 * [STEPS] + 2 * [(TRIALS + 1) * STEPS], strict=True)
-        for seed in range(2 if quick else 5)
+        for seed in range(2 if quick else 4)
     ],
     run=run,
     judge=judge,
