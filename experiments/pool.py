@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from threading import Thread
@@ -50,6 +51,9 @@ def run(chosen: dict[str, Experiment], results: Path, quick: bool, fresh: bool, 
 
 def _begin(steps: Any) -> None:
     """Of a worker."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # a killed run must not leave workers behind that nobody listens to
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     global _steps
     torch.set_num_threads(1)  # the tensors are too small for more
     _steps = steps
