@@ -29,8 +29,8 @@ def _layers(
 ) -> pd.DataFrame:
     chosen = rows[(rows.part == "layer") & (rows["mode"] == "eager") & rows.p50_us.notna()]
     chosen = chosen[(chosen.dtype == form[0]) & (chosen.layout == form[1]) & (chosen.state == state)]
-    named = chosen.candidate.str.startswith(EAGER) if candidate == EAGER else chosen.candidate == candidate
-    return chosen[(chosen.direction == direction) & named]
+    chosen = chosen[chosen.direction == direction]
+    return report.eager_batchnorm(chosen) if candidate == EAGER else chosen[chosen.candidate == candidate]
 
 
 def _passes(
@@ -73,7 +73,7 @@ def _mean(form: tuple[str, str], peer: str) -> Callable[[pd.DataFrame], float | 
 
 def _eager(rows: pd.DataFrame, mode: str = "eager") -> pd.DataFrame:
     chosen = rows[(rows.part == "layer") & (rows["mode"] == mode) & rows.ratio.notna()]
-    return chosen[chosen.candidate.str.startswith(EAGER)]
+    return report.eager_batchnorm(chosen)
 
 
 def _worst(rows: pd.DataFrame) -> float | None:

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from .cases import CHANNELS, HOST, SIZES
 from .layers import COPY
-from .peers import OPEN, OURS
+from .peers import EAGER, OPEN, OURS
 from .record import ABOUT, MEASURED
 
 FORMAT = ["dtype", "layout"]
@@ -61,6 +61,11 @@ def timed_layers(rows: pd.DataFrame, state: str = "open", mode: str = "eager") -
 def geometric_mean(values: Sequence[float], weights: Sequence[float]) -> float:
     """Of ratios, each as often as its weight says."""
     return math.exp(sum(w * math.log(v) for v, w in zip(values, weights, strict=True)) / sum(weights))
+
+
+def eager_batchnorm(rows: pd.DataFrame) -> pd.DataFrame:
+    """PyTorch's BatchNorm by the kernels that it takes itself: they come first, before those it can be made to take."""
+    return rows[rows.candidate.str.startswith(EAGER)].drop_duplicates(["job", "direction", "mode"])
 
 
 def means(rows: pd.DataFrame, by: Sequence[str], candidates: Sequence[str] | None = None) -> pd.DataFrame:

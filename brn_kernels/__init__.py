@@ -5,6 +5,7 @@ from .convert import convert_batchnorm, convert_sync, revert_to_batchnorm
 from .functional import batch_renorm
 from .fuse import FusionReport, FusionRow, fuse, fusion_report, unfuse
 from .modules import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .monitor import ClipMonitor
 from .population import update_stats
 from .recompute import recompute_activations
 from .schedule import ClipSchedule
@@ -16,6 +17,7 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "ClipMonitor",
     "ClipSchedule",
     "FusionReport",
     "FusionRow",

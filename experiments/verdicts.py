@@ -30,6 +30,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"{self.mean:+.2f} (one value, no interval)"
         return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 

@@ -5,8 +5,8 @@ writes y from the running statistics. The last program of a channel tile finishe
 statistics, what the backward needs, and which channels were not written rightly. ``repair_kernel`` writes those, from
 the end towards the beginning so that its first reads hit the L2 cache; if there are none it returns at once.
 
-Workspace, rows of ``padded`` values: 0 pivot, 1 scale, 2 shift (y = (x - pivot) * scale + shift), 3 what is to be
-repaired (in channels_last one flag for 8 channels: a 16-byte access never sees a mask change within it), then for each
+Workspace, rows of ``padded`` values: 0 pivot, 1 scale, 2 shift (y = (x - pivot) * scale + shift), 3 whether it is to be
+repaired (in channels_last 8 channels are together: a 16-byte access never sees a mask change within it), then for each
 split the count, then the mean, then the sum of squares about it.
 """
 
@@ -368,12 +368,7 @@ def finish(
     tl.store(workspace_ptr + o_padded, pivot)
     tl.store(workspace_ptr + padded + o_padded, scale)
     tl.store(workspace_ptr + 2 * padded + o_padded, shift)
-    wrong = tl.where(m_channels, wrong, 0)
-    if CHANNELS_LAST:
-        wrong_of_8 = tl.max(tl.reshape(wrong, (CT // 8, 8)), 1)
-        tl.store(workspace_ptr + 3 * padded + tile * (CT // 8) + tl.arange(0, CT // 8), wrong_of_8.to(ACC))
-    else:
-        tl.store(workspace_ptr + 3 * padded + o_padded, wrong.to(ACC))
+    tl.store(workspace_ptr + 3 * padded + o_padded, tl.where(m_channels, wrong, 0).to(ACC))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -412,7 +407,9 @@ def repair(
     else:
         o_groups = tile + tl.arange(0, 1)
         o_padded = o_groups[:, None]
-    wrong = tl.load(workspace_ptr + 3 * padded + o_groups) != 0.0
+    wrong = tl.max(tl.load(workspace_ptr + 3 * padded + o_padded), 1) > 0.0
+    if CHANNELS_LAST:  # whole rows take less time than many pieces of them
+        wrong = wrong | (tl.sum(wrong.to(tl.int32), 0) > INNER // 8 // 4)
     if tl.max(wrong.to(tl.int32), 0) > 0:
         pivot = tl.load(workspace_ptr + o_padded)[None, :, :]
         scale = tl.load(workspace_ptr + padded + o_padded)[None, :, :]

@@ -1,6 +1,6 @@
 """Launches a Triton kernel without the work that Triton does for each argument at each launch.
 
-``kernel[grid](...)`` looks at every argument's type and value to find the compiled kernel, some 50 us on a slow host.
+``kernel[grid](...)`` looks at every argument's type and value to find the compiled kernel: a small layer's most time.
 Here a compiled kernel is found by what it depends on and nothing else: its constants, which remember what was compiled
 for them, the dtypes of its pointers and whether all are aligned to 16 bytes, and the device. Sizes and strides are
 never specialized on (``SIZES``), which is what makes that enough.
@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 
 ALIGNMENT = 16
 _INT32_MAX = 2**31 - 1
-_VERSIONS = ("3.6", "3.7", "3.8")  # whose compiled kernels are launched as `_start` does it
+_VERSIONS = ("3.6", "3.7", "3.8")  # whose compiled kernels are launched as below
 _known = triton.__version__.rpartition(".")[0] in _VERSIONS
 
 
