@@ -2,12 +2,14 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from bench import report
+from bench.peers import EAGER
 from brn_kernels import demo
 
 from .candidates import AUTO, BN, CANDIDATES, PAPER
@@ -55,17 +57,25 @@ def run(job: Job, progress) -> list[Row]:
 
 
 def recorded() -> dict[str, Interval]:
-    """Of whole networks in the recorded benchmarks, by device and mode: percent beyond BatchNorm, over the networks."""
+    """Of the recorded benchmarks, percent of time beyond eager BatchNorm: layers by network, and whole networks."""
     found = {}
     for path in sorted(RECORDED.glob("*.csv")):
         rows = report.load(path)
-        table = report.networks(rows)
-        if table.empty:
-            continue
-        for (mode, name), ratios in table["x BatchNorm"].groupby(["mode", "candidate"], sort=False):
+        device = f"{rows.iloc[0].device}, {rows.iloc[0].date}"
+
+        def add(what: str, ratios: Sequence[float], device: str = device) -> None:
+            found[f"{device}, {what}, {len(ratios)} networks"] = interval([100 * (1 / ratio - 1) for ratio in ratios])
+
+        layers = report.timed_layers(rows)
+        layers = layers[(layers.direction == "both") & layers.candidate.str.startswith(EAGER)]
+        if len(layers):
+            by_net = layers.groupby("net", sort=False)
+            means = [report.geometric_mean(list(of.ratio), list(of["count"])) for _, of in by_net]
+            add("layers alone", means)
+        networks = report.networks(rows)
+        for (mode, name), ratios in networks.groupby(["mode", "candidate"], sort=False) if len(networks) else ():
             if name.startswith("brn_kernels") and "recomputing" not in name:
-                beyond = interval([100 * (1 / ratio - 1) for ratio in ratios])
-                found[f"{rows.iloc[0].device}, {rows.iloc[0].date}, {mode}, {name} ({len(ratios)} networks)"] = beyond
+                add(f"training, {mode}, {name}", list(ratios["x BatchNorm"]))
     return found
 
 
@@ -82,12 +92,11 @@ def judge(rows):
 EXPERIMENT = Experiment(
     claim="Batch Renormalization costs training time",
     source="opinion: it adds computation",
-    setup="whole networks as recorded by `brn bench` ([benchmarks](benchmarks.md), where the layers alone are "
-    "too), over "
-    "networks; and the network of `brn demo`, batches of 32, one thread of a CPU on which other work may "
-    "run, turn by turn",
-    rule=f"a training step takes longer than with BatchNorm, each device and mode by itself ({NEGLIGIBLE:g} % "
-    "is negligible)",
+    setup="what `brn bench` recorded ([benchmarks](benchmarks.md)): forward and backward of the layers of each network "
+    "against eager BatchNorm, and training steps of whole networks; and the network of `brn demo`, batches of 32, one "
+    "thread of a CPU on which other work may run, turn by turn",
+    rule="a training step takes longer than with BatchNorm, over the networks of a device and mode "
+    f"({NEGLIGIBLE:g} % is negligible)",
     limits="a small network on a CPU is bound by the calls, not by the computation",
     jobs=lambda quick: [Job(HERE, "all in turns", tuple(range(2 if quick else 10)), 6 if quick else 500)],
     run=run,
