@@ -65,12 +65,10 @@ def run(job: Job, progress):
 EXPERIMENT = Experiment(
     claim="Networks with gates (LSTM, GRU) do not suit Batch Renormalization",
     source="opinion: its corrections would shift what gates are sensitive to",
-    setup=f"digits as sequences of 8 rows, LSTM and GRU of {HIDDEN} units; what comes from the input is "
-    "normalized, with "
-    "statistics of each time step or pooled over all; masked: the last 1 to 3 rows of every second "
-    "sequence are padding "
-    f"that the layer's mask leaves out (BN there: our layer with closed limits); {OPTIMIZER}, learning rate {RATE}, "
-    f"gradients clipped at 1; {STEPS} iid batches of {BATCH}",
+    setup=f"digits as sequences of 8 rows, LSTM and GRU of {HIDDEN} units; what comes from the input is normalized, "
+    "with statistics of each time step or pooled over all; masked: the last 1 to 3 rows of every second sequence are "
+    f"padding that the layer's mask leaves out (BN there: our layer with closed limits); {OPTIMIZER}, learning rate "
+    f"{RATE}, gradients clipped at 1; {STEPS} iid batches of {BATCH}",
     rule="test accuracy of BN, 0.1 above that of Batch Renormalization in every variant",
     limits="sequences of 8 steps; what comes from the hidden state is not normalized",
     jobs=lambda quick: jobs_of([(name, STEPS) for name in CONDITIONS], quick),

@@ -57,7 +57,10 @@ def score(candidate: Candidate, condition: Condition, steps: int, first_seed: in
 def tuned(method: str, condition: Condition, steps: int, trials: int, seed: int, progress) -> Candidate:
     """The best of ``trials`` trainings on the validation images, by a grid in random order or by Optuna's TPE."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    samplers = {GRID: optuna.samplers.GridSampler(GRID_SPACE, seed), TPE: optuna.samplers.TPESampler(seed=seed)}
+    samplers = {
+        GRID: optuna.samplers.GridSampler(GRID_SPACE, seed),
+        TPE: optuna.samplers.TPESampler(seed=seed, n_startup_trials=4),
+    }
     study = optuna.create_study(direction="maximize", sampler=samplers[method])
     study.optimize(lambda trial: score(suggested(trial), condition, steps, 1000 * (seed + 1), True, progress), trials)
     return suggested(optuna.trial.FixedTrial(study.best_params))
@@ -87,16 +90,13 @@ def judge(rows):
 EXPERIMENT = Experiment(
     claim="Tuning r_max, d_max, the ramps and the momentum pays",
     source="opinion; the other one is that it is wasted where BatchNorm works",
-    setup=f"{NETWORK}; {OPTIMIZER}, learning rate 0.05 (0.1 at batch 4); {STEPS} steps. Each search has "
-    f"{TRIALS} trainings "
-    f"of {SIDE_BY_SIDE} seeds, judged on {VALIDATION} of the 1,200 training images; what it chose is "
-    "trained anew on other "
-    "seeds and judged on the test images, which no search saw; a seed here is a whole search. Searched: r_max 1 to 6, "
-    "d_max 0 to 8, hold 0 to 0.3 and ramp of r 0 to 0.6 of the steps, momentum 0.003 to 0.3. Grid: "
+    setup=f"{NETWORK}; {OPTIMIZER}, learning rate 0.05 (0.1 at batch 4); {STEPS} steps. Each search has {TRIALS} "
+    f"trainings of {SIDE_BY_SIDE} seeds, judged on {VALIDATION} of the 1,200 training images; what it chose is trained "
+    "anew on other seeds and judged on the test images, which no search saw; a seed here is a whole search. Searched: "
+    "r_max 1 to 6, d_max 0 to 8, hold 0 to 0.3 and ramp of r 0 to 0.6 of the steps, momentum 0.003 to 0.3. Grid: "
     "r_max 1.5, 3; d_max 0.5, 5; momentum 0.01, 0.03, 0.1",
-    rule=f"test accuracy above that of the untuned settings by more than {POINTS:g} points, for each of them, "
-    "method and "
-    "condition by itself",
+    rule=f"test accuracy above that of the untuned settings by more than {POINTS:g} points, for each of them, method "
+    "and condition by itself",
     limits="a short training, where momentum weighs most; a budget of 12 is small for five dimensions",
     jobs=lambda quick: [
         Job(condition.name, method, (seed,), *((3, 3) if quick else (STEPS, work)))
