@@ -97,8 +97,8 @@ EXPERIMENT = Experiment(
     claim="On streams that change (drift, online learning), BatchNorm is better",
     source="opinion: running statistics lag behind the stream",
     setup=f"generated streams, {FEATURES} features, {CLASSES} classes of two clusters; perceptron with two hidden "
-    f"layers of {HIDDEN}, normalized; {STEPS:,} batches of {BATCH}, SGD with momentum 0.9 and learning rate {RATE}, constant. "
-    + "; ".join(f"{name}: {what}" for name, what in STREAMS.items()),
+    f"layers of {HIDDEN}, normalized; {STEPS:,} batches of {BATCH}, SGD with momentum 0.9 and learning "
+    f"rate {RATE}, constant. " + "; ".join(f"{name}: {what}" for name, what in STREAMS.items()),
     rule="prequential accuracy (each batch is predicted, normalized by running statistics, before it is trained on; "
     "mean over all steps) of BN, 0.1 above that of Batch Renormalization on every stream that changes",
     limits="generated data; one learning rate; for_training is told the length of the stream, which real ones do not "
