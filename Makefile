@@ -4,6 +4,7 @@ DEMO_ARGS   ?=
 COMPILE_ARGS ?=
 BUILD_ARGS  ?=
 BENCH_ARGS  ?=
+EXPERIMENT_ARGS ?=
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
@@ -12,10 +13,11 @@ PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CSRC  := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test test-gpu sanitize bench docs-bench compile-check wheel-check check clean
+.PHONY: help install build demo test test-gpu sanitize bench docs-bench experiments docs-experiments \
+    compile-check wheel-check check clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) $(BUILT) ## set up .venv with everything the other targets need (they do it themselves)
 
@@ -47,6 +49,12 @@ bench: $(STAMP) $(BUILT) ## the developer's quick check of speed (BENCH_ARGS="--
 docs-bench: $(STAMP) ## write docs/benchmarks.md and README's table from the CSVs in bench/results
 	$(BIN)/python -m bench.docs
 
+experiments: $(STAMP) $(BUILT) ## when does it help? go on measuring where the recorded runs end (EXPERIMENT_ARGS="b --fresh": one anew)
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments $(EXPERIMENT_ARGS)
+
+docs-experiments: $(STAMP) ## write docs/when-to-use.md and its figures from the CSVs in experiments/results
+	$(BIN)/python -m experiments --docs
+
 compile-check: $(STAMP) ## compile all Triton kernels for GPUs, without one: registers, spills, access widths
 	$(BIN)/python scripts/compile_check.py $(COMPILE_ARGS)
 
@@ -77,5 +85,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up .venv: the first time takes some minutes"
 	@if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear .venv; fi
 	$(PIP) install -c constraints.txt setuptools wheel
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,bench,dev]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,bench,experiments,dev]'
 	@touch $@

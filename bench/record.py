@@ -132,7 +132,7 @@ def _version(package: str) -> str:
 
 def _changes() -> str:
     """Empty if all tracked files are as committed, outside the results; else a name for how they differ."""
-    changes = _output("git", "diff", "HEAD", "--", ":/", ":!/bench/results")
+    changes = _output("git", "diff", "HEAD", "--", ":/", ":!/bench/results", ":!/experiments/results")
     return hashlib.sha256(changes.encode()).hexdigest()[:8] if changes else ""
 
 

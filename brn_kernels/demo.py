@@ -61,15 +61,16 @@ class Run:
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions with a shortcut."""
+    """Two 3 x 3 convolutions with a shortcut; ``groups`` of channels that do not see each other."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, groups: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False, groups=groups)
         self.norm1 = nn.BatchNorm2d(channels, momentum=MOMENTUM)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False, groups=groups)
         self.norm2 = nn.BatchNorm2d(channels, momentum=MOMENTUM)
-        self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False) if stride > 1 else nn.Identity()
+        shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False, groups=groups)
+        self.shortcut = shortcut if stride > 1 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels_in, H, W) to (N, channels, H / stride, W / stride)."""
