@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,19 @@ from .schedule import limits_at
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _SHARES = ("clipped_r", "clipped_d", "not_finite", "hits")
 COLUMNS = (*_SHARES, *(f"{name}_{round(100 * q)}" for name in ("r", "d") for q in QUANTILES))
+_WAITING_VALUES = 2**21  # of calls whose numbers are computed later, all at once: 8 MB in float32
+
+
+class _Seen(NamedTuple):
+    """A call that was looked at: copies from before it (3 launches), and what it found."""
+
+    name: str
+    number: int
+    statistics: Tensor  # (2, C): running mean, running variance
+    clipped: Tensor | None
+    limits: Tensor | None  # auto_state (5, C), or (r_max, d_max), or the counter
+    kind: tuple[Any, ...]  # how to read ``limits``, and what else calls must share to be computed together
+    saved: Tensor  # (4, C)
 
 
 class ClipMonitor:
@@ -63,7 +78,11 @@ class ClipMonitor:
             )
         self.every = every
         self._calls = dict.fromkeys(self.layers, 0)
-        self._kept: dict[str, deque[tuple[int, Tensor]]] = {name: deque(maxlen=history) for name in self.layers}
+        self._names: dict[int, str] = {}  # of layers, by the identity of their running mean
+        # of the calls kept: its number, and the row of a tensor in which its numbers are
+        self._kept: dict[str, deque[tuple[int, Tensor, int]]] = {name: deque(maxlen=history) for name in self.layers}
+        self._waiting: dict[Any, list[_Seen]] = {}  # by stream
+        self._waiting_values = 0
         observe.observers.append(self)
 
     def __enter__(self) -> ClipMonitor:
@@ -82,10 +101,11 @@ class ClipMonitor:
         for name in self.layers:
             self._calls[name] = 0
             self._kept[name].clear()
+        self._drop_waiting()
 
     def begin(self, before: observe.Before) -> Callable[[Tensor], None] | None:
         """See ``observe.Observer``."""
-        name = next((name for name, m in self.layers.items() if m.running_mean is before.running_mean), None)
+        name = self._name_of(before.running_mean)
         if name is None or (before.running_mean.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
         call = self._calls[name]
@@ -93,57 +113,82 @@ class ClipMonitor:
         if call % self.every:
             return None
         with torch.no_grad():
-            running_std = torch.sqrt(before.running_var + before.eps)
-            return functools.partial(
-                self._end, name, call, before.running_mean.clone(), running_std, _limits(before),
-                None if before.clipped is None else before.clipped.clone(),
-            )  # fmt: skip
+            copies = torch.stack([before.running_mean, before.running_var])
+            clipped = None if before.clipped is None else before.clipped.clone()
+            limits = _what_limits_depend_on(before)
+            limits = None if limits is None else limits.clone()
+        return functools.partial(self._end, name, call, copies, clipped, limits, _kind(before))
 
-    @torch.no_grad()
+    def _name_of(self, running_mean: Tensor) -> str | None:
+        name = self._names.get(id(running_mean))
+        if name is not None and self.layers[name]._buffers["running_mean"] is running_mean:
+            return name
+        for name, layer in self.layers.items():  # the first time, and after a layer got other tensors
+            if layer._buffers["running_mean"] is running_mean:
+                self._names[id(running_mean)] = name
+                return name
+        return None
+
     def _end(
         self,
         name: str,
         call: int,
-        running_mean: Tensor,
-        running_std: Tensor,
-        limits: tuple[Tensor, Tensor],
-        clipped_before: Tensor | None,
+        statistics: Tensor,
+        clipped: Tensor | None,
+        limits: Tensor | None,
+        kind: tuple[Any, ...],
         saved: Tensor,
     ) -> None:
-        batch_mean, inv_std, _, _ = saved.unbind()
-        r_max, d_max = limits
-        r, d = 1 / (inv_std * running_std), (batch_mean - running_mean) / running_std
-        finite = torch.isfinite(r) & torch.isfinite(d)
-        clipped_r, clipped_d = finite & ((r > r_max) | (r < 1 / r_max)), finite & (d.abs() > d_max)
-        predicted = ((r_max > 1) & (d_max > 0)).expand_as(finite)
-        if clipped_before is not None:
-            predicted = predicted & ~clipped_before
-        hits = predicted == (finite & ~clipped_r & ~clipped_d)
-        shares = torch.stack([clipped_r, clipped_d, ~finite, hits]).to(saved.dtype).mean(1)
-        both = torch.where(finite, torch.stack([r, d]), torch.nan)
-        quantiles = torch.nanquantile(both, _quantiles(both.dtype, both.device), dim=1)
-        self._kept[name].append((call, torch.cat([shares, quantiles.T.flatten()])))
+        seen = _Seen(name, call, statistics, clipped, limits, (*kind, saved.shape, saved.dtype), saved)
+        stream = torch.cuda.current_stream(saved.device) if saved.is_cuda else saved.device
+        self._waiting.setdefault(stream, []).append(seen)
+        self._waiting_values += statistics.numel() + saved.numel()
+        if self._waiting_values > _WAITING_VALUES:
+            self._compute_waiting()
+
+    def _drop_waiting(self) -> None:
+        self._waiting, self._waiting_values = {}, 0
+
+    @torch.no_grad()
+    def _compute_waiting(self) -> None:
+        """The numbers of all calls that wait: calls alike together, so that a call costs few launches."""
+        waiting = self._waiting
+        self._drop_waiting()
+        for stream, calls in waiting.items():
+            alike: dict[tuple[Any, ...], list[_Seen]] = {}
+            for seen in calls:
+                alike.setdefault(seen.kind, []).append(seen)
+            with torch.cuda.stream(stream) if isinstance(stream, torch.cuda.Stream) else nullcontext():
+                numbers = {kind: _numbers(group) for kind, group in alike.items()}
+            rows = dict.fromkeys(alike, 0)
+            for seen in calls:
+                self._kept[seen.name].append((seen.number, numbers[seen.kind], rows[seen.kind]))
+                rows[seen.kind] += 1
 
     def rows(self) -> list[dict[str, Any]]:
         """What was seen, oldest first: ``layer``, ``call`` (from 0), and the numbers above. Reads from the device."""
-        kept = [(name, call, row) for name, rows in self._kept.items() for call, row in rows]
-        if not kept:
-            if not any(self._calls.values()):
-                warnings.warn("no training call was seen; those of compiled code and CUDA graphs are not", stacklevel=2)
-            return []
-        values = torch.stack([row.double().to(kept[0][2].device) for _, _, row in kept]).tolist()
-        return [
-            {"layer": name, "call": call} | dict(zip(COLUMNS, numbers, strict=True))
-            for (name, call, _), numbers in zip(kept, values, strict=True)
-        ]
+        if not any(self._calls.values()):
+            warnings.warn("no training call was seen; those of compiled code and CUDA graphs are not", stacklevel=2)
+        self._compute_waiting()
+        for device in {numbers.device for calls in self._kept.values() for _, numbers, _ in calls}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # they may be of other streams than the current one
+        read: dict[int, list[list[float]]] = {}
+        found = []
+        for name, calls in self._kept.items():
+            for call, numbers, row in calls:
+                if id(numbers) not in read:
+                    read[id(numbers)] = numbers.tolist()
+                found.append({"layer": name, "call": call} | dict(zip(COLUMNS, read[id(numbers)][row], strict=True)))
+        return found
 
     def means(self) -> dict[str, dict[str, float]]:
-        """For each layer that was seen the means of its numbers over the calls kept."""
+        """For each layer that was seen the means of its numbers over the calls kept, those that have the number."""
         by_layer: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows():
             by_layer.setdefault(row["layer"], []).append(row)
         return {
-            name: {column: sum(row[column] for row in rows) / len(rows) for column in COLUMNS}
+            name: {column: _mean([row[column] for row in rows]) for column in COLUMNS}
             for name, rows in by_layer.items()
         }
 
@@ -195,15 +240,52 @@ def _quantiles(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(QUANTILES, dtype=dtype, device=device)  # once: this waits for a GPU
 
 
-def _limits(before: observe.Before) -> tuple[Tensor, Tensor]:
-    """r_max and d_max of the call: 0-d, or (C,) each."""
-    dtype = torch.float64 if before.running_var.dtype == torch.float64 else torch.float32
+def _mean(values: list[float]) -> float:
+    """Without NaN, which a call has for quantiles if none of its channels is finite."""
+    there = [value for value in values if not math.isnan(value)]
+    return sum(there) / len(there) if there else math.nan
+
+
+def _what_limits_depend_on(before: observe.Before) -> Tensor | None:
     if before.auto_state is not None:
-        r_max, d_max = auto_limits.limits_of(before.auto_state, dtype).unbind()
-    elif before.limits is not None:
-        r_max, d_max = before.limits.to(dtype, copy=True).unbind()
-    else:
-        step = before.num_batches_tracked
-        step = torch.zeros((), dtype=torch.long, device=before.running_mean.device) if step is None else step
-        r_max, d_max = limits_at(step, before.schedule, dtype)
-    return r_max, d_max
+        return before.auto_state
+    return before.num_batches_tracked if before.limits is None else before.limits
+
+
+def _kind(before: observe.Before) -> tuple[Any, ...]:
+    how = "auto" if before.auto_state is not None else "given" if before.limits is not None else "schedule"
+    return how, tuple(before.schedule), before.eps, before.clipped is None, before.num_batches_tracked is None
+
+
+def _numbers(calls: list[_Seen]) -> Tensor:
+    """(calls, len(COLUMNS)), of calls of one kind."""
+    running_mean, running_var = torch.stack([seen.statistics for seen in calls], 1)
+    batch_mean, inv_std, _, _ = torch.stack([seen.saved for seen in calls], 1)
+    r_max, d_max = _limits(calls, inv_std.dtype)
+    running_std = torch.sqrt(running_var + calls[0].kind[2])
+    r, d = 1 / (inv_std * running_std), (batch_mean - running_mean) / running_std
+    finite = torch.isfinite(r) & torch.isfinite(d)
+    clipped_r, clipped_d = finite & ((r > r_max) | (r < 1 / r_max)), finite & (d.abs() > d_max)
+    predicted = ((r_max > 1) & (d_max > 0)).expand_as(finite)
+    if calls[0].clipped is not None:
+        predicted = predicted & ~torch.stack([seen.clipped for seen in calls if seen.clipped is not None])
+    hits = predicted == (finite & ~clipped_r & ~clipped_d)
+    shares = torch.stack([clipped_r, clipped_d, ~finite, hits], 1).to(r.dtype).mean(2)
+    both = torch.where(finite, torch.stack([r, d]), torch.nan)
+    quantiles = torch.nanquantile(both, _quantiles(both.dtype, both.device), dim=2)  # (quantiles, 2, calls)
+    return torch.cat([shares, quantiles.permute(2, 1, 0).flatten(1)], 1)
+
+
+def _limits(calls: list[_Seen], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """r_max and d_max of each call: (calls, 1) or (calls, C) each."""
+    how, schedule = calls[0].kind[:2]
+    given = [seen.limits for seen in calls if seen.limits is not None]
+    if how == "auto":
+        r_max, d_max = auto_limits.limits_of(torch.stack(given, 1), dtype).unbind()
+        return r_max, d_max
+    if how == "given":
+        r_max, d_max = torch.stack(given, 1).to(dtype)[:, :, None].unbind()
+        return r_max, d_max
+    if not given:  # no counter
+        given = [torch.zeros((), dtype=torch.long, device=calls[0].saved.device)] * len(calls)
+    return limits_at(torch.stack(given).view(-1, 1), schedule, dtype)

@@ -269,6 +269,23 @@ def fused():
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+def monitored():
+    """Under DDP a synchronized layer's numbers are those of one process with the whole batch."""
+    model = nn.Sequential(brn.convert_sync(brn.BatchRenorm1d(CHANNELS, schedule=LIMITS))).double()
+    alone = nn.Sequential(brn.BatchRenorm1d(CHANNELS, schedule=LIMITS)).double()
+    with brn.ClipMonitor(model, every=1) as ours, brn.ClipMonitor(alone, every=1) as one:
+        network = DistributedDataParallel(model)
+        for step in range(4):
+            parts = [normal(4, CHANNELS, seed=10 * step + r) + 0.1 * r for r in range(dist.get_world_size())]
+            network(parts[dist.get_rank()]).sum().backward()
+            alone(torch.cat(parts))
+    assert len(ours.rows()) == 4
+    for row, expected in zip(ours.rows(), one.rows(), strict=True):
+        for name in ("clipped_r", "clipped_d", "hits", "r_5", "r_95", "d_5", "d_95"):
+            assert abs(row[name] - expected[name]) < 1e-9, (name, row, expected)
+    assert any(row["clipped_d"] > 0 for row in ours.rows())
+
+
 def fails(call):
     start = datetime.datetime.now()
     try:

@@ -75,6 +75,10 @@ def test_the_others_fail_within_the_timeout(check):
     assert "the others learnt" in done.stdout, done.stdout + done.stderr[-3000:]
 
 
+def test_a_monitor_sees_the_statistics_of_all():
+    passes("monitored", "reference", 2)
+
+
 def test_without_other_processes_nothing_changes(backend, device):
     torch.manual_seed(0)
     alone, synced = brn.BatchRenorm2d(3, device=device), brn.convert_sync(brn.BatchRenorm2d(3, device=device))

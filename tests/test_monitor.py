@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import brn_kernels as brn
+from brn_kernels import monitor as monitor_module
 from brn_kernels import observe
 from brn_kernels.monitor import COLUMNS, QUANTILES
 
@@ -149,6 +151,90 @@ def test_every_history_reset_and_two_monitors(device):
         few.reset()
         layer(batch(11).to(device))
         assert [row["call"] for row in few.rows()] == [0]
+
+
+@pytest.mark.parametrize("room", [1, 3_000, 10**9])
+def test_calls_that_wait_for_each_other_keep_their_own_numbers(device, monkeypatch, room):
+    """Layers of one size and of others, schedules that change between calls, double among float."""
+    monkeypatch.setattr(monitor_module, "_WAITING_VALUES", room)
+    model = nn.ModuleDict(
+        {
+            "a": brn.BatchRenorm2d(16, schedule=RAMP), "b": brn.BatchRenorm2d(16, momentum=None, eps=0.3),
+            "few": brn.BatchRenorm1d(5, schedule=SCHEDULES["constant"]), "wide": brn.BatchRenorm2d(16).double(),
+            "auto": brn.BatchRenorm2d(16, momentum=0.1, schedule=SCHEDULES["auto"]),
+            "untracked": brn.BatchRenorm2d(16, track_running_stats=False),
+        }
+    ).to(device)  # fmt: skip
+    expected = {name: [] for name in model if name != "untracked"}
+    with brn.ClipMonitor(model, every=1) as monitor:
+        for step in range(16):
+            model["b"].schedule = SCHEDULES["constant" if step % 3 else "ramp"]
+            for index, (name, layer) in enumerate(model.items()):
+                shape = (6, 5) if name == "few" else (6, 16, 5, 3)
+                x = batch(20 * step + index, shape, torch.float64 if name == "wide" else torch.float32).to(device)
+                if name != "untracked":
+                    expected[name].append(by_hand(x, layer, layer.clipped.cpu().numpy().copy()))
+                layer(x)
+            if step == 8:
+                assert len(monitor.rows()) == 5 * 9
+    for name, numbers in expected.items():
+        rows = [row for row in monitor.rows() if row["layer"] == name]
+        assert [row["call"] for row in rows] == list(range(16))
+        for row, of_call in zip(rows, numbers, strict=True):
+            assert_row(row, of_call)
+
+
+def test_layers_are_known_after_they_got_other_tensors(device):
+    layer = brn.BatchRenorm2d(16, schedule=RAMP).to(device)
+    with brn.ClipMonitor(layer, every=1) as monitor:
+        layer(batch(0).to(device))
+        layer.double().float()
+        layer(batch(1).to(device))
+        layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
+        layer(batch(2).to(device))
+    assert [row["call"] for row in monitor.rows()] == [0, 1, 2]
+
+
+class Count(TorchDispatchMode):
+    """Operators other than views and allocations: on a GPU, launches."""
+
+    NO_LAUNCH = {"detach", "alias", "view", "select", "unbind", "expand", "empty", "empty_like", "slice", "unsqueeze"}
+
+    def __init__(self):
+        super().__init__()
+        self.launches = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.launches += function._schema.name.partition("::")[2] not in self.NO_LAUNCH
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("schedule", ["ramp", "auto"])
+def test_a_call_costs_three_launches_and_one_that_is_not_looked_at_none(device, schedule):
+    layer = brn.BatchRenorm2d(16, schedule=SCHEDULES[schedule]).to(device)
+
+    def launches():
+        with Count() as count:
+            for step in range(20):
+                layer(batch(step).to(device))
+        return count.launches
+
+    alone = launches()
+    with brn.ClipMonitor(layer, every=1):
+        assert launches() == alone + 3 * 20
+    with brn.ClipMonitor(layer, every=20):
+        assert launches() == alone + 3
+
+
+def test_an_overflowed_batch_leaves_the_means_readable(device):
+    layer = brn.BatchRenorm2d(16, schedule=RAMP).to(device)
+    with brn.ClipMonitor(layer, every=1) as monitor:
+        layer(batch(0).to(device))
+        layer(torch.full((6, 16, 5, 3), math.nan, device=device))
+    first, overflowed = monitor.rows()
+    assert overflowed["not_finite"] == 1 and math.isnan(overflowed["r_50"])
+    assert monitor.means()["BatchRenorm2d"]["r_50"] == first["r_50"]
+    assert monitor.means()["BatchRenorm2d"]["not_finite"] == 0.5
 
 
 def test_a_step_reads_nothing_from_the_device(device, monkeypatch):
