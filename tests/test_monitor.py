@@ -150,7 +150,30 @@ def test_every_history_reset_and_two_monitors(device):
         assert few.rows()[-1] == all_of_them.rows()[-1]
         few.reset()
         layer(batch(11).to(device))
+        few.reset()  # what still waits to be computed is forgotten, too
+        layer(batch(12).to(device))
+        layer(batch(13).to(device))
         assert [row["call"] for row in few.rows()] == [0]
+
+
+def test_what_waits_is_bounded(device, monkeypatch):
+    monkeypatch.setattr(monitor_module, "_WAITING_VALUES", 1000)
+    layer = brn.BatchRenorm2d(16, schedule=RAMP).to(device)
+    with brn.ClipMonitor(layer, every=1, history=4) as monitor:
+        for step in range(50):
+            layer(batch(step).to(device))
+            assert monitor._waiting_values <= 1000
+            assert sum(map(len, monitor._waiting.values())) <= 1000 // (6 * 16)
+    assert [row["call"] for row in monitor.rows()] == [46, 47, 48, 49]
+
+
+def test_layers_are_found_at_once(device):
+    """The search over all layers is for the first call: at each it would cost milliseconds in a deep network."""
+    layers = nn.ModuleList(brn.BatchRenorm1d(4) for _ in range(300)).to(device)
+    with brn.ClipMonitor(layers, every=1) as monitor:
+        for layer in layers:
+            layer(torch.randn(3, 4, device=device))
+        assert len(monitor._names) == 300
 
 
 @pytest.mark.parametrize("room", [1, 3_000, 10**9])
