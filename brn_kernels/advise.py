@@ -107,11 +107,7 @@ def advise(
     if total_steps is not None:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
-    try:
-        iterator = iter(batches)
-    except TypeError:
-        raise ValueError(f"batches must be an iterable of inputs, got {type(batches).__name__}") from None
-    collected = collect(model, iterator, forward, max_batches)
+    collected = collect(model, batches, forward, max_batches)
     usable = _usable(collected)
     summaries = {name: summarize(name, seen) for name, seen in usable.items()}
     layers = tuple(layer for layer in summaries.values() if layer is not None)

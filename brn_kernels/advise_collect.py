@@ -61,7 +61,8 @@ def collect(
     """Run up to ``max_batches`` batches in training mode, without gradients; the model is as before afterwards.
 
     Raises:
-        ValueError: the model has no normalization layer; a batch holds no input that can be told.
+        ValueError: the model has no normalization layer; ``batches`` cannot be iterated over; a batch holds no input
+            that can be told.
     """
     layers = {name or "(the model)": module for name, module in model.named_modules() if is_norm(module)}
     if not layers:
@@ -69,10 +70,16 @@ def collect(
     collected = Collected()
     run = _call if forward is None else forward
     with untouched(model), torch.no_grad():
+        try:
+            iterator = iter(batches)  # in here, since a data loader draws its seed from torch's generator now
+        except TypeError:
+            if hasattr(batches, "__iter__"):
+                raise  # the user's own error
+            raise ValueError(f"batches must be an iterable of inputs, got {type(batches).__name__}") from None
         model.train()
         for name, layer in layers.items():
             layer.register_forward_pre_hook(_watch(name, collected), with_kwargs=True)
-        for batch in itertools.islice(batches, max_batches):
+        for batch in itertools.islice(iterator, max_batches):
             seen = {name: len(observations) for name, observations in collected.layers.items()}
             try:
                 run(model, batch)

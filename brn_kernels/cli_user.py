@@ -92,17 +92,21 @@ def _advise(arguments: argparse.Namespace) -> int:
             raise UserError(f"{arguments.function} must return (model, batches), got {_kind(returned)}")
         model, batches = returned
         advice = advise(model, batches, max_batches=arguments.batches, total_steps=arguments.steps)
-        if arguments.figure:
-            Path(arguments.figure).parent.mkdir(parents=True, exist_ok=True)
-            advice.figure(arguments.figure)
     except (UserError, ValueError) as error:
+        return _refuse("advise", error)
+    print(advice.to_json() if arguments.json else advice, flush=True)
+    if not arguments.figure:
+        return 0
+    try:
+        Path(arguments.figure).parent.mkdir(parents=True, exist_ok=True)
+        advice.figure(arguments.figure)
+    except (OSError, ValueError) as error:
         return _refuse("advise", error)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         print("brn advise --figure needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 1
-    print(advice.to_json() if arguments.json else advice)
     return 0
 
 
@@ -114,18 +118,17 @@ def _tune(arguments: argparse.Namespace) -> int:
             load(arguments.objective), steps=arguments.steps, trials=arguments.trials, timeout=arguments.timeout,
             study=arguments.study, storage=arguments.storage, maximize=arguments.maximize,
         )  # fmt: skip
-        drawn = tune.plot(study, arguments.plots) if arguments.plots else []
+        best = tune.best_line(study, arguments.steps)
+        print(f"best of {len(study.trials)} trials: {study.best_value:.6g}", best, sep="\n", flush=True)
+        for path in tune.plot(study, arguments.plots) if arguments.plots else []:
+            print(path)
     except ModuleNotFoundError as error:
         if error.name not in ("optuna", "matplotlib"):
             raise
         print(f"brn tune needs {error.name}: pip install 'brn_kernels[tune]'", file=sys.stderr)
         return 1
-    except (UserError, ValueError) as error:
+    except (UserError, tune.StudyError) as error:
         return _refuse("tune", error)
-    for path in drawn:
-        print(path)
-    print(f"best of {len(study.trials)} trials: {study.best_value:.6g}")
-    print(tune.best_line(study, arguments.steps))
     return 0
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import brn_kernels as brn
-from brn_kernels import cli
 from brn_kernels.advise_collect import observe
 from brn_kernels.advise_measure import in_all, summarize
 from brn_kernels.advise_rule import BATCH_RENORM, BATCHNORM, decide, recommend
@@ -192,6 +192,14 @@ def test_nothing_changes(norm, fail_at):
     assert after[2:] == before[2:]
 
 
+def test_a_loader_that_shuffles_draws_nothing_from_the_generator():
+    model = mlp()
+    loader = DataLoader(TensorDataset(torch.randn(320, 16)), batch_size=32, shuffle=True)
+    before = torch.get_rng_state()
+    brn.advise(model, loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_graph_made_before_can_still_be_walked_backward():
     model = mlp()
     loss = model(torch.randn(8, 16)).square().mean()
@@ -316,67 +324,6 @@ def test_the_rule_at_its_thresholds():
 def test_what_it_refuses(model, batches, options, message):
     with pytest.raises(ValueError, match=message):
         brn.advise(model, batches, **options)
-
-
-USER = """
-import torch
-from torch import nn
-
-def batches(size):
-    torch.manual_seed(0)
-    return [torch.randn(size, 8) for _ in range(20)]
-
-def good(): return nn.BatchNorm1d(8), batches(64)
-def tiny(): return nn.BatchNorm1d(8), batches(2)
-def single(): return nn.BatchNorm1d(8), batches(1)
-def one(): return nn.BatchNorm1d(8), batches(64)[:1]
-def nothing(): return nn.BatchNorm1d(8), []
-def bare(): return nn.Linear(8, 8), batches(64)
-def wrong(): return nn.BatchNorm1d(8)
-def faulty(): raise ValueError("the user's own")
-number = 3
-"""
-
-
-@pytest.fixture
-def user_module(tmp_path, monkeypatch):
-    (tmp_path / "advised_user.py").write_text(USER)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
-
-
-def test_command(user_module, capsys):
-    assert cli.main(["advise", "advised_user:good", "--figure", "figures/a.png"]) == 0
-    assert "Use BatchNorm" in capsys.readouterr().out and (user_module / "figures" / "a.png").exists()
-    assert cli.main(["advise", "advised_user:tiny", "--json", "--steps", "500"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["choice"] == "Batch Renormalization" and "hold=16" in found["code"]
-
-
-@pytest.mark.parametrize(
-    "function, message",
-    [
-        ("advised_user", "expected module:function"),
-        ("no_such_module:f", "no module named 'no_such_module'"),
-        ("advised_user:none", "has no 'none'"),
-        ("advised_user:number", "is a int, not a function"),
-        ("advised_user:wrong", "must return (model, batches), got BatchNorm1d"),
-        ("advised_user:bare", "no BatchNorm or Batch Renormalization layer"),
-        ("advised_user:nothing", "yielded nothing"),
-        ("advised_user:one", "at least 8 batches"),
-        ("advised_user:single", "batches of one sample"),
-    ],
-)
-def test_command_refuses_in_one_line(user_module, capsys, function, message):
-    assert cli.main(["advise", function]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("brn advise: ") and message in err and err.count("\n") == 1
-
-
-def test_command_shows_the_users_own_error(user_module):
-    with pytest.raises(ValueError, match="the user's own"):
-        cli.main(["advise", "advised_user:faulty"])
 
 
 def test_importing_the_package_stays_light():
