@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .schedule import ClipSchedule
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 Objective = Callable[[ClipSchedule, float, "optuna.Trial"], float]
 
 PLOTS = ("plot_optimization_history", "plot_param_importances", "plot_slice", "plot_parallel_coordinate")
+
+
+class StudyError(ValueError):
+    """What was asked for cannot be done; the message is one line."""
 
 
 def suggest(trial: optuna.Trial, steps: int) -> tuple[ClipSchedule, float]:
@@ -57,19 +61,26 @@ def tune(
         seed: of the sampler.
 
     Raises:
-        ValueError: a number out of its range.
+        StudyError: a ``ValueError``: a number out of its range; a storage that cannot be opened; a study of that name
+            with the other direction or other ``steps``.
         ModuleNotFoundError: Optuna is not installed.
     """
     import optuna
 
     if steps < 1 or (trials is not None and trials < 1) or (timeout is not None and not timeout > 0):
-        raise ValueError(f"steps, trials and timeout must be positive, got {steps}, {trials}, {timeout}")
+        raise StudyError(f"steps, trials and timeout must be positive, got {steps}, {trials}, {timeout}")
     if trials is None and timeout is None:
-        raise ValueError("trials and timeout: expected at least one of them")
-    found = optuna.create_study(
-        study_name=study, storage=storage, load_if_exists=True, direction="maximize" if maximize else "minimize",
-        sampler=optuna.samplers.TPESampler(seed=seed), pruner=optuna.pruners.MedianPruner(),
-    )  # fmt: skip
+        raise StudyError("trials and timeout: expected at least one of them")
+    direction: Literal["maximize", "minimize"] = "maximize" if maximize else "minimize"
+    try:
+        found = optuna.create_study(
+            study_name=study, storage=storage, load_if_exists=True, direction=direction,
+            sampler=optuna.samplers.TPESampler(seed=seed), pruner=optuna.pruners.MedianPruner(),
+        )  # fmt: skip
+    except Exception as error:  # the database's own, of many kinds
+        raise StudyError(f"storage {storage!r} cannot be opened: {error}") from error
+    _check_same({"direction": found.direction.name.lower(), **found.user_attrs}, study, direction, steps)
+    found.set_user_attr("steps", steps)
     if not found.trials:
         default = ClipSchedule.for_training(steps)
         parts = {name: getattr(default, name) / steps for name in ("hold", "r_ramp", "d_ramp")}
@@ -81,10 +92,30 @@ def tune(
     return found
 
 
+def _check_same(found: dict[str, Any], study: str, direction: str, steps: int) -> None:
+    """Optuna itself goes on with what the storage has, whatever is asked for."""
+    for name, asked in (("direction", direction), ("steps", steps)):
+        if found.get(name, asked) != asked:
+            raise StudyError(
+                f"the storage has a study {study!r} with {name} {found[name]}, not {asked}: give another name"
+            )
+
+
 def best_line(study: optuna.Study, steps: int) -> str:
-    """The best trial as Python, to be pasted."""
+    """The best trial as Python, to be pasted.
+
+    Raises:
+        StudyError: no trial was finished.
+    """
     import optuna
 
+    states = [trial.state for trial in study.trials]
+    if optuna.trial.TrialState.COMPLETE not in states:
+        pruned = states.count(optuna.trial.TrialState.PRUNED)
+        failed = len(states) - pruned
+        raise StudyError(
+            f"no trial of {len(states)} gave a value: {pruned} pruned, {failed} failed (NaN, or no number?)"
+        )
     schedule, momentum = suggest(optuna.trial.FixedTrial(study.best_params), steps)  # type: ignore[arg-type]
     return f"brn.convert_batchnorm(model, schedule=brn.{schedule!r}, momentum={momentum:.4g})"
 
@@ -96,7 +127,10 @@ def plot(study: optuna.Study, folder: Path) -> list[Path]:
     import optuna.visualization.matplotlib as drawing
 
     matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(f"no folder for plots: {error}") from error
     drawn = []
     for name in PLOTS:
         try:

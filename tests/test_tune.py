@@ -53,6 +53,20 @@ def test_an_interrupted_study_goes_on(storage):
     assert len(tuning.tune(interrupted, steps=STEPS, trials=8, storage=storage).trials) == len(states), "nothing left"
 
 
+@pytest.mark.parametrize("other", [{"maximize": True}, {"steps": STEPS + 1}])
+def test_a_study_of_another_kind_does_not_go_on(storage, other):
+    tuning.tune(distance, steps=STEPS, trials=2, storage=storage)
+    with pytest.raises(ValueError, match="has a study 'brn' with .*: give another name"):
+        tuning.tune(distance, **{"steps": STEPS, "trials": 4, "storage": storage} | other)
+    assert len(tuning.tune(distance, steps=STEPS, trials=2, storage=storage).trials) == 2
+
+
+@pytest.mark.parametrize("storage", ["nonsense://x", "sqlite:////no/such/folder/study.db"])
+def test_a_storage_that_cannot_be_opened(storage):
+    with pytest.raises(ValueError, match="cannot be opened"):
+        tuning.tune(distance, steps=STEPS, trials=2, storage=storage)
+
+
 def test_bad_trials_are_pruned():
     def objective(schedule, momentum, trial):
         value = distance(schedule, momentum, trial) + trial.number
@@ -90,6 +104,12 @@ MODULE = """
 def objective(schedule, momentum, trial):
     return (schedule.r_max - 2) ** 2 + momentum
 
+def pruned(schedule, momentum, trial):
+    import optuna
+    raise optuna.TrialPruned
+
+def nan(schedule, momentum, trial): return float("nan")
+def faulty(schedule, momentum, trial): raise ValueError("the user's own")
 number = 3
 """
 
@@ -112,8 +132,24 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ):
         assert cli.main(["tune", wrong, "--steps", "5"]) == 2
         assert message in capsys.readouterr().err
-    assert cli.main(["tune", "my_training:objective", "--steps", "0"]) == 2
-    assert "must be positive" in capsys.readouterr().err
+    for wrong, message in (
+        (["my_training:objective", "--steps", "0"], "must be positive"),
+        (["my_training:objective", "--steps", "500", "--maximize"], "with direction minimize, not maximize"),
+        (
+            ["my_training:objective", "--steps", "500", "--trials", "1", "--plots", "my_training.py"],
+            "no folder for plots",
+        ),
+        (
+            ["my_training:pruned", "--steps", "5", "--trials", "2", "--study", "p"],
+            "no trial of 2 gave a value: 2 pruned",
+        ),
+        (["my_training:nan", "--steps", "5", "--trials", "2", "--study", "n"], "0 pruned, 2 failed"),
+    ):
+        assert cli.main(["tune", *wrong]) == 2
+        err = capsys.readouterr().err
+        assert [line for line in err.splitlines() if line.startswith("brn tune: ")][0].count(message) == 1, err
+    with pytest.raises(ValueError, match="the user's own"):
+        cli.main(["tune", "my_training:faulty", "--steps", "5", "--study", "f"])
 
 
 def test_without_optuna_it_says_what_to_install(tmp_path, monkeypatch, capsys):
