@@ -237,5 +237,5 @@ def test_wrong_arguments(wrong, capsys):
 def test_the_page_matches_the_numbers():
     page = docs.page({letter: experiment(letter) for letter in NAMES}, record.RESULTS, draw=False)
     assert docs.PAGE.read_text() == page, "run `make docs-experiments`"
-    for letter in NAMES:
-        assert (docs.FIGURES / f"{letter}.png").exists()
+    recorded = [letter for letter in NAMES if f"## Claim {letter}\n" in page]
+    assert recorded and all((docs.FIGURES / f"{letter}.png").exists() for letter in recorded)
