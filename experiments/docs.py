@@ -35,9 +35,9 @@ Test accuracies are those of evaluation, normalized by running statistics, at th
 
 
 def page(experiments: dict[str, Experiment], results: Path, draw: bool = True) -> str:
-    """The whole page; claims without results are named as missing."""
+    """The whole page; claims that are not wholly measured are named as missing."""
     rows = {letter: load(path) for letter in experiments if (path := csv_of(results, letter)) is not None}
-    rows = {letter: table for letter, table in rows.items() if len(table)}
+    rows = {letter: table for letter, table in rows.items() if is_complete(experiments[letter], table)}
     parts = [INTRODUCTION, f"**Verdicts.** {METHOD}", "## The claims", overview(experiments, rows)]
     parts += ["## Every accuracy, less that of BN, 0.1", "Points, mean [95 % t-interval]; bold where the interval "
               "excludes 0.", differences(rows)]  # fmt: skip
@@ -49,6 +49,11 @@ def page(experiments: dict[str, Experiment], results: Path, draw: bool = True) -
 def csv_of(results: Path, letter: str) -> Path | None:
     path = results / f"{NAMES[letter]}.csv"
     return path if path.exists() else None
+
+
+def is_complete(one: Experiment, rows: pd.DataFrame) -> bool:
+    """Whether all its jobs are recorded."""
+    return {str(job) for job in one.jobs(False)} <= set(rows.job)
 
 
 def overview(experiments: dict[str, Experiment], rows: dict[str, pd.DataFrame]) -> str:
