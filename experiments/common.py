@@ -13,6 +13,7 @@ from .candidates import BN, CANDIDATES, JUDGED, Candidate
 from .verdicts import Interval, every, interval
 
 ACCURACY = "test accuracy, %"  # normalized by running statistics, as deployed
+PREQUENTIAL = "prequential accuracy, %"  # of batches predicted before they are trained on
 Row = dict[str, Any]  # measure, x, seed, value
 
 

@@ -10,12 +10,13 @@ from tabulate import tabulate
 
 from .candidates import BN, CANDIDATES
 from .claims import NAMES
-from .common import ACCURACY, Experiment, Judgement, values
+from .common import ACCURACY, PREQUENTIAL, Experiment, values
 from .record import load
-from .verdicts import METHOD, interval
+from .verdicts import METHOD, Interval, interval
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURES = DOCS / "when-to-use.md", DOCS / "figures" / "experiments"
+ACCURACIES = (ACCURACY, PREQUENTIAL)
 INTRODUCTION = """# When does Batch Renormalization help?
 
 Written by `make docs-experiments` from the CSVs in [`experiments/results`](../experiments/results); no number or
@@ -35,12 +36,13 @@ Test accuracies are those of evaluation, normalized by running statistics, at th
 
 
 def page(experiments: dict[str, Experiment], results: Path, draw: bool = True) -> str:
-    """The whole page; claims without results are named as missing."""
+    """The whole page; claims that are not wholly measured are named as missing."""
     rows = {letter: load(path) for letter in experiments if (path := csv_of(results, letter)) is not None}
-    rows = {letter: table for letter, table in rows.items() if len(table)}
-    parts = [INTRODUCTION, f"**Verdicts.** {METHOD}", "## The claims", overview(experiments, rows)]
-    parts += ["## Every accuracy, less that of BN, 0.1", "Points, mean [95 % t-interval]; bold where the interval "
-              "excludes 0.", differences(rows)]  # fmt: skip
+    rows = {letter: table for letter, table in rows.items() if is_complete(experiments[letter], table)}
+    against_bn = differences(rows)
+    parts = [INTRODUCTION, f"**Verdicts.** {METHOD.strip()}", "## The claims", overview(experiments, rows)]
+    parts += ["## Every accuracy, less that of BN, 0.1", tally(against_bn)]
+    parts += ["Points, mean [95 % interval]; bold where the interval excludes 0.", table_of(against_bn)]
     for letter, table in rows.items():
         parts.append(section(letter, experiments[letter], table, draw))
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -51,34 +53,67 @@ def csv_of(results: Path, letter: str) -> Path | None:
     return path if path.exists() else None
 
 
+def is_complete(one: Experiment, rows: pd.DataFrame) -> bool:
+    """Whether all its jobs are recorded."""
+    return {str(job) for job in one.jobs(False)} <= set(rows.job)
+
+
 def overview(experiments: dict[str, Experiment], rows: dict[str, pd.DataFrame]) -> str:
     """A row a claim."""
     lines = []
     for letter, one in experiments.items():
         headlines = [each for each in one.judge(rows[letter]) if each.headline] if letter in rows else []
-        verdicts = "<br>".join(_sentence(each) for each in headlines) or "not measured"
-        numbers = "<br>".join(each.numbers for each in headlines)
-        lines.append([f"[{letter}](#claim-{letter})", one.claim, verdicts, numbers, one.limits])
-    return _table(lines, ["", "claim", "verdict", "numbers (mean [95 % interval])", "limits of the evidence"])
+        verdicts = "<br>".join(f"{each.statement}: **{each.verdict}** ({each.numbers})" for each in headlines)
+        ran = _ran(rows[letter]) if letter in rows else ""
+        lines.append([f"[{letter}](#claim-{letter})", one.claim, ran, verdicts or "not measured", one.limits])
+    return _table(lines, ["", "claim", "run", "verdict (mean [95 % interval])", "limits of the evidence"])
 
 
-def differences(rows: dict[str, pd.DataFrame]) -> str:
-    """Every condition that ends in a test accuracy, with every candidate."""
-    lines = []
+def _ran(rows: pd.DataFrame) -> str:
+    """Conditions, steps and seeds."""
+    conditions = rows.drop_duplicates("condition")
+    parts = [f"{each.condition} ({each.steps:,} steps)" for each in conditions.itertuples()]
+    return f"{'; '.join(parts)}; {rows.seed.nunique()} seeds"
+
+
+def differences(rows: dict[str, pd.DataFrame]) -> dict[str, dict[str, Interval]]:
+    """Of every condition that ends in an accuracy: each candidate less BN, 0.1; of BN itself its accuracy."""
+    found: dict[str, dict[str, Interval]] = {}
     for letter, table in rows.items():
-        chosen = table[(table.measure == ACCURACY) & table.candidate.isin(CANDIDATES)]
-        for condition in dict.fromkeys(chosen.condition):
-            line = [f"{letter}. {condition}"]
-            base = values(table, condition, BN) if BN in set(chosen[chosen.condition == condition].candidate) else None
-            for name in CANDIDATES:
-                if base is None or name not in set(chosen[chosen.condition == condition].candidate):
-                    line.append("")
-                    continue
-                own = interval(list(values(table, condition, name) - base))
-                text = f"{base.mean():.2f} %" if name == BN else str(own)
-                line.append(f"**{text}**" if name != BN and (own.low > 0 or own.high < 0) else text)
-            if base is not None:
-                lines.append(line)
+        for measure in ACCURACIES:
+            chosen = table[table.measure == measure]
+            for condition in dict.fromkeys(chosen.condition):
+                measured = set(chosen[chosen.condition == condition].candidate) & set(CANDIDATES)
+                by_seed = {name: values(table, condition, name, measure) for name in CANDIDATES if name in measured}
+                found[f"{letter}. {condition}"] = {
+                    name: interval(list(own if name == BN else own - by_seed[BN])) for name, own in by_seed.items()
+                }
+    return found
+
+
+def tally(against_bn: dict[str, dict[str, Interval]]) -> str:
+    """In how many conditions a candidate differs from BN, 0.1."""
+    lines = []
+    for name in CANDIDATES:
+        own = [of[name] for of in against_bn.values() if name in of]
+        better, worse = sum(of.low > 0 for of in own), sum(of.high < 0 for of in own)
+        if name != BN:
+            lines.append([name, str(better), str(worse), str(len(own) - better - worse)])
+    return _table(lines, ["of all conditions", "better than BN, 0.1", "worse", "the interval holds 0"])
+
+
+def table_of(against_bn: dict[str, dict[str, Interval]]) -> str:
+    """A row a condition, a column a candidate."""
+
+    def cell(name: str, of: Interval) -> str:
+        if name == BN:
+            return f"{of.mean:.2f} %"
+        return f"**{of}**" if of.low > 0 or of.high < 0 else str(of)
+
+    lines = [
+        [condition, *(cell(name, of[name]) if name in of else "" for name in CANDIDATES)]
+        for condition, of in against_bn.items()
+    ]
     return _table(lines, ["", *CANDIDATES])
 
 
@@ -95,7 +130,7 @@ def section(letter: str, one: Experiment, rows: pd.DataFrame, draw: bool) -> str
     return "\n\n".join(
         [
             f"## Claim {letter}",
-            f"**{one.claim}** ({one.source}).",
+            f"**{one.claim}.** Source: {one.source}.",
             f"**Run.** {one.setup}; {seeds} seeds. **Rule.** {one.rule[0].upper()}{one.rule[1:]}.",
             _table(judged, ["statement", "numbers", "verdict"]),
             f"**{one.table[0].upper()}{one.table[1:]}**, mean ± half of the 95 % interval:",
@@ -143,10 +178,6 @@ def write(experiments: dict[str, Experiment], results: Path) -> str:
     """Page and figures."""
     PAGE.write_text(page(experiments, results))
     return f"{PAGE.name}: {len(experiments)} claims"
-
-
-def _sentence(judgement: Judgement) -> str:
-    return f"{judgement.statement}: **{judgement.verdict}**"
 
 
 def _table(lines: list[list[str]], headers: list[str]) -> str:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .candidates import CANDIDATES
-from .common import Experiment, Job, jobs_of, judge_each, named
+from .common import PREQUENTIAL, Experiment, Job, jobs_of, judge_each, named
 from .figures import curves
 from .images import by_seed, initial
 from .verdicts import more
@@ -13,7 +13,6 @@ from .verdicts import more
 STEPS, BATCH, FEATURES, CLASSES, HIDDEN, RATE = 2000, 16, 16, 5, 32, 0.02
 WINDOW = STEPS // 20
 ONLINE = "accuracy in the last steps, %"
-PREQUENTIAL = "prequential accuracy, %"
 STILL = "no drift"
 STREAMS = {  # what happens to every input after it was drawn, by step
     STILL: "nothing",

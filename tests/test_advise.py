@@ -210,7 +210,8 @@ def test_a_graph_made_before_can_still_be_walked_backward():
 
 def test_a_compiled_model_is_seen():
     model = torch.compile(mlp(), backend="eager")
-    model(torch.randn(8, 16))
+    with torch.no_grad():
+        model(torch.randn(32, 16))  # what is compiled now fits the batches, and knows of no hooks
     assert len(brn.advise(model, stream(32)).layers) == 2
 
 
@@ -251,6 +252,20 @@ def test_batches_that_cannot_be_used_are_told():
     assert any("NaN" in note for note in brn.advise(mlp(), spoilt).notes)
     expected = brn.advise(nn.BatchNorm1d(16), [x for k, x in enumerate(stream(32)) if k != 3]).overall
     assert brn.advise(nn.BatchNorm1d(16), spoilt).overall.d == pytest.approx(expected.d)
+
+
+def test_a_batch_that_a_later_layer_refuses_counts_in_no_layer():
+    class Narrowing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.BatchNorm1d(16), nn.BatchNorm1d(16)
+
+        def forward(self, x):
+            return self.second(self.first(x)[: 1 if len(x) == 5 else None])
+
+    advice = brn.advise(Narrowing(), [*stream(32, count=20), torch.full((5, 16), 1000.0)])
+    assert len(advice.layers) == 2 and advice.layers[0].d < 0.5
+    assert advice.notes[0] == "1 batches with one value per channel were left out"
 
 
 def test_text_json_and_figure(tmp_path):

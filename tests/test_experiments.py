@@ -237,5 +237,12 @@ def test_wrong_arguments(wrong, capsys):
 def test_the_page_matches_the_numbers():
     page = docs.page({letter: experiment(letter) for letter in NAMES}, record.RESULTS, draw=False)
     assert docs.PAGE.read_text() == page, "run `make docs-experiments`"
-    for letter in NAMES:
-        assert (docs.FIGURES / f"{letter}.png").exists()
+    recorded = [letter for letter in NAMES if f"## Claim {letter}\n" in page]
+    assert recorded and all((docs.FIGURES / f"{letter}.png").exists() for letter in recorded)
+
+
+def test_a_claim_without_all_its_numbers_is_not_judged(tmp_path, monkeypatch):
+    rows = (record.RESULTS / f"{NAMES['a']}.csv").read_text().splitlines(keepends=True)
+    (tmp_path / f"{NAMES['a']}.csv").write_text("".join(rows[: len(rows) // 2]))
+    page = docs.page({"a": experiment("a")}, tmp_path, draw=False)
+    assert "not measured" in page and "## Claim a" not in page and CONFIRMED not in page.split("## The claims")[1]
