@@ -84,7 +84,14 @@ def made_up(gain, candidates=(PAPER, AUTO)):
         name: [v + gain + e for v, e in zip(numbers[BN], (-0.1, 0.1, -0.1, 0.1), strict=True)] for name in candidates
     }
     return pd.DataFrame(
-        {"condition": "x", "candidate": name, "measure": ACCURACY, "x": x, "seed": seed, "value": value - (x < 2) * 50}
+        {
+            "condition": "x",
+            "candidate": name,
+            "measure": ACCURACY,
+            "x": x,
+            "seed": seed,
+            "value": value - (x < 2) * 50 * (name != BN),
+        }
         for name, column in numbers.items()
         for seed, value in enumerate(column)
         for x in (1.0, 2.0)
@@ -132,6 +139,9 @@ def test_padding_does_not_reach_a_recurrent_network(kind, per_step):
     x = torch.randn(5, 16, 8)
     other = torch.where(mask[:, None], x, 1e3)
     torch.testing.assert_close(model(x, mask), model(other, mask))
+    if not per_step:  # the state stops where the sequence does
+        model.eval()
+        torch.testing.assert_close(model(x, mask)[1], model(x[1:2, :, :5], mask[1:2, :5])[0])
     with pytest.raises(ValueError, match="a mask needs"):
         Recurrent(kind, per_step, 2)(x, mask)
 
@@ -143,6 +153,7 @@ def test_gaps_are_none_where_evaluation_is_training():
     opened = CANDIDATES["BRN, (3, 5), 0.01"].put_into(images.initial(seeds), 8)
     assert all(gap > 1 for layer in images.gaps(model, condition, seeds, 3) for gap in layer)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    opened(images.digits()[0][:8].expand(-1, 2, -1, -1))  # so that running statistics are not 0 and 1
     for layer in opened.modules():
         if hasattr(layer, "schedule"):
             layer.schedule, layer.momentum = layer.schedule.unclipped(), 0.0
