@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, distributed, ops, recompute
+from . import distributed, ops, recompute
 from .backends import layout, reference
 
 
@@ -32,10 +32,8 @@ class BatchRenormFunction(torch.autograd.Function):
         ctx.eps, ctx.activation, ctx.backend, traced, ctx.process_group, auto_state = rest[7:]
         call = None
         if not traced:
-            by = ctx.backend
-            if auto_state is not None and not backends.resolve(by, x.device.type).FUSES_AUTO_LIMITS:
-                by = "reference" if distributed.group_of(ctx.process_group) is None else by
-            call = recompute.begin(x, residual, mask, weight, bias, ctx.activation, by)
+            auto = auto_state is not None and distributed.group_of(ctx.process_group) is None
+            call = recompute.begin(x, residual, mask, weight, bias, ctx.activation, ctx.backend, auto)
         y, saved, bits = ops.run_forward(
             x, residual, mask, weight, bias, *rest[:-1], None if call is None else call.coefficients, auto_state
         )

@@ -73,6 +73,9 @@ class _Log:
             )  # fmt: skip
         except TypeError:  # a hook that cannot be referred to weakly
             calls = None
+        if calls is None and call.graph_task == -1:
+            for failed in [task for task in self.under_no_grad if task != -1]:  # what raised has not called back
+                del self.under_no_grad[failed]
         if calls is None and call.graph_task not in self.under_no_grad:
             self.under_no_grad[call.graph_task] = _Calls(maxlen=_NO_GRAD_CALLS_KEPT)
             if call.graph_task != -1:

@@ -286,9 +286,9 @@ def _check_tensors(
 
 
 def _check_auto_state(x: Tensor, auto_state: Tensor | None) -> None:
-    channels = x.shape[1] if x.dim() > 1 else 0
     if auto_state is None:
         return
+    channels = x.shape[1] if x.dim() > 1 else 0
     if auto_state.shape != (auto_limits.ROWS, channels):
         raise ValueError(
             f"auto_state: expected shape {(auto_limits.ROWS, channels)} for x of shape {tuple(x.shape)}, "

@@ -31,16 +31,14 @@ class Observer(Protocol):
 observers: list[Observer] = []
 
 
-def watched(call: Callable[..., tuple[Tensor, Tensor, Tensor]], arguments: tuple[Any, ...]) -> Any:
-    """``call(*arguments)`` of ``ops.forward``, with the observers around it."""
-    x, running_mean = arguments[0], arguments[5]
-    if running_mean is None or x.numel() == 0:
-        return call(*arguments)
-    auto_state = arguments[18] if len(arguments) > 18 else None
-    running_var, num_batches_tracked, clipped, limits, schedule, _, eps = arguments[6:13]
-    before = Before(running_mean, running_var, num_batches_tracked, clipped, limits, schedule, eps, auto_state)
+def watched(call: Callable[[], tuple[Tensor, Tensor, Tensor]], arguments: dict[str, Any]) -> Any:
+    """``call()``, which is that of ``ops.forward`` with these arguments, with the observers around it."""
+    if arguments["running_mean"] is None or arguments["x"].numel() == 0:
+        return call()
+    known: dict[str, Any] = {name: arguments.get(name) for name in Before._fields}
+    before = Before(**known)
     endings = [observer.begin(before) for observer in list(observers)]
-    results = call(*arguments)
+    results = call()
     for end in endings:
         if end is not None:
             end(results[1])

@@ -251,3 +251,35 @@ def test_hooks_that_cannot_be_referred_to_weakly(device):
         y = layer(torch.randn(8, 3, device=device, requires_grad=True))
     y.sum().backward()
     assert layer.num_batches_tracked.item() == 1
+
+
+def test_a_nested_backward_that_raised_is_forgotten(device):
+    """Else later backwards would look among its calls."""
+    plain = Block().to(device)
+    checkpointed = copy.deepcopy(plain)
+    x = batches(1, device)[0].detach()
+
+    def interrupted(m, x, raising):
+        def inner(h):
+            return checkpoint(m.norm1, m.conv1(h), use_reentrant=True)
+
+        def outer(h):
+            h = checkpoint(inner, h, use_reentrant=True)
+            if raising and h.requires_grad:
+                h.register_hook(lambda _: (_ for _ in ()).throw(ArithmeticError("in the backward")))
+            return m.norm2(m.conv2(h))
+
+        return checkpoint(outer, x, use_reentrant=True)
+
+    with pytest.raises(ArithmeticError):
+        interrupted(checkpointed, x.clone().requires_grad_(), True).sin().sum().backward()
+    plain.norm2(plain.conv2(plain.norm1(plain.conv1(x))))
+    for p in checkpointed.parameters():
+        p.grad = None
+    for _ in range(2):
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        plain.norm2(plain.conv2(plain.norm1(plain.conv1(a)))).sin().sum().backward()
+        interrupted(checkpointed, b, False).sin().sum().backward()
+        assert torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-12)
+    for (name, p), q in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+        assert torch.allclose(p.grad, q[1].grad, rtol=1e-10, atol=1e-12), name

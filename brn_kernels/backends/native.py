@@ -16,8 +16,6 @@ from .sides import copy_back, dense, readable, writable
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "hardswish": 4}  # csrc/arguments.h
 
-FUSES_AUTO_LIMITS = False  # those calls are the reference backend's
-
 SANITIZE_VARIABLE = "BRN_KERNELS_SANITIZE"  # 1: load the library that `make sanitize` builds
 
 
@@ -30,9 +28,11 @@ def unusable(device_type: str) -> str | None:
     return _load().get(device_type)
 
 
-def is_fused(x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> bool:
+def is_fused(
+    x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None, auto: bool = False
+) -> bool:
     """Whether the kernels do this call; what they do not is the reference backend's."""
-    return mask is None and x.numel() > 0
+    return mask is None and x.numel() > 0 and not auto
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def forward(
     auto_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.forward``; a mask and automatic limits are left to it."""
-    if auto_state is not None or not is_fused(x, residual, mask, activation):
+    if not is_fused(x, residual, mask, activation, auto_state is not None):
         return reference.forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
             momentum, eps, activation, auto_state,

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..schedule import limits_at
 from . import auto_limits, layout
 
-FUSES_AUTO_LIMITS = False
 LEAKY_RELU_SLOPE = 0.01  # nn.LeakyReLU's default
 
 

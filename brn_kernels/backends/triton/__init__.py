@@ -7,9 +7,7 @@ import triton
 
 from .launch import apply, backward, forward, is_fused
 
-__all__ = ["FUSES_AUTO_LIMITS", "apply", "backward", "forward", "is_fused", "unusable"]
-
-FUSES_AUTO_LIMITS = True
+__all__ = ["apply", "backward", "forward", "is_fused", "unusable"]
 
 
 def unusable(device_type: str) -> str | None:

@@ -47,7 +47,8 @@ SETTINGS = {
     ("backward", True): Settings(warps=4, accesses=4, programs=3),
     ("backward", False): Settings(warps=4, accesses=2, programs=5),
 }
-# Narrow accesses, float64, packing bits, and the derivatives of smooth activations need more registers
+# Narrow accesses, float64, packing bits, the derivatives of smooth activations, and both passes in one launch need more
+# registers
 PROGRAMS_OF_MANY_REGISTERS = 2
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
@@ -57,7 +58,7 @@ MAX_DEAD_LANES = 0.125  # of a contiguous tile, beyond the end of a plane
 MERGED_BYTES = 4096  # of partial results that a finishing program reads at a time: each time costs a trip to L2
 
 MAX_WAVES = 8  # of programs
-ITEMS_WITHOUT_SPLIT = 4  # worked through sooner than another launch would start
+ITEMS_WITHOUT_SPLIT = 4  # so few take about as long as another launch (by estimate, not measured)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,6 @@ class Launch:
     items: int  # of a channel tile
     items_per_split: int
     splits: int
-    programs: int  # a multiprocessor
     max_registers: int
     num_warps: int
 
@@ -140,6 +140,8 @@ def launch_for(
     outer = min(elements // inner, _power_of_2(layout.outer))
     items = -(-layout.outer // outer) * chunks
     items_per_split, splits = _split(items, channel_tiles, multiprocessors * settings.programs)
+    if splits == 1:
+        settings = dataclasses.replace(settings, programs=PROGRAMS_OF_MANY_REGISTERS)
     group_rows = layout.channels_last or vector < access
     return Launch(
         channels_last=layout.channels_last,
@@ -153,7 +155,6 @@ def launch_for(
         items=items,
         items_per_split=items_per_split,
         splits=splits,
-        programs=settings.programs,
         max_registers=settings.registers,
         num_warps=settings.warps,
     )

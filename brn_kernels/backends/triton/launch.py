@@ -25,7 +25,9 @@ _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 MAX_COLUMNS = 2**29  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64)
 
 
-def is_fused(x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> bool:
+def is_fused(
+    x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None, auto: bool = False
+) -> bool:
     """Whether the kernels do this call; what they do not is the reference backend's."""
     if x.numel() >= MAX_COLUMNS and max(x.shape[1], math.prod(x.shape[2:])) >= MAX_COLUMNS:
         return False
