@@ -137,10 +137,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> int:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError("settings are measured on a GPU, and this torch sees none")
+    _need_gpu()
     from .settings import run
 
     print(run(arguments.out, arguments.seconds, arguments.minutes, arguments.main))
@@ -148,10 +145,18 @@ def _settings(arguments: argparse.Namespace) -> int:
 
 
 def _profile(arguments: argparse.Namespace) -> int:
+    _need_gpu()
     from .profile import run
 
     print(run(arguments.out))
     return 0
+
+
+def _need_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("this is measured on a GPU, and this torch sees none")
 
 
 def _bars(arguments: argparse.Namespace) -> int:

@@ -23,18 +23,18 @@ Written by `make docs-bench` from the CSVs in [`bench/results`](../bench/results
 `brn bench` (from a checkout) measures, `brn bench plot`, `show`, `compare` and `bars` read what it wrote.
 
 **How.** Results are checked against float64 before anything is timed. The candidates of a case take turns, in a new
-order each round; before each call a GPU's L2 is flushed, of a CPU the cores' own caches (in its shared cache lives the
-interpreter too); the median counts, p20 and p80 are in the CSV. On a GPU CUDA events are read, and replays of CUDA
-graphs where the host takes longer than the kernels. A ratio is time of a peer / our time: above 1 ours is faster.
-Means are geometric, each layer as often as its network has it. The speed of a copy is that of `clone()` of the same
-bytes in the same turns; every tensor counts once (forward: read x, write y; backward: read x and dy, write dx), so a
-backward beyond the caches, which must read x and dy twice, cannot exceed 60 %. On CPUs more than 100 % is possible: a
-copy into fresh memory waits for the system to clear its pages, and large results of ours ask for huge ones. The states
-of the limits are compared with open ones in the same turns. Running statistics are at the data's and do not move
-(momentum 0), so that the share of clipped channels is what the table says; clipped channels are spread evenly. "Open":
-the limits are open and nothing is clipped; "closed": the phase of the schedule that is BatchNorm. "Both" is a forward
-and a backward through autograd. "Kept" is what a forward keeps for its backward, counted by saved-tensor hooks,
-parameters left out.
+order each round; before each call a GPU's L2 is flushed, of a CPU the cores' own caches (in its shared cache lives
+the interpreter too); the median counts, p20 and p80 are in the CSV. On a GPU CUDA events are read; the device first
+waits some 2 ms, so that the host gets ahead as it does in training; replays of CUDA graphs where the host takes
+longer still. A ratio is time of a peer / our time: above 1 ours is faster. Means are geometric, each layer as often
+as its network has it. The speed of a copy is that of `clone()` of the same bytes in the same turns; every tensor
+counts once (forward: read x, write y; backward: read x and dy, write dx), so a backward beyond the caches, which must
+read x and dy twice, cannot exceed 60 %. On CPUs more than 100 % is possible: a copy into fresh memory waits for the
+system to clear its pages, and large results of ours ask for huge ones. The states of the limits are compared with
+open ones in the same turns. Running statistics are at the data's and do not move (momentum 0), so that the share of
+clipped channels is what the table says; clipped channels are spread evenly. "Open": the limits are open and nothing
+is clipped; "closed": the phase of the schedule that is BatchNorm. "Both" is a forward and a backward through
+autograd. "Kept" is what a forward keeps for its backward, counted by saved-tensor hooks, parameters left out.
 
 **Peers.** `nn.BatchNorm*d` by the kernels that PyTorch chooses (named in brackets), with separate addition and
 activation; the same compiled; Batch Renormalization written in PyTorch (float32 inside), eager and compiled; the same

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import hashlib
 import importlib.metadata
-import io
 import os
 import platform
 import subprocess
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import job_csv
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED = (
@@ -24,6 +23,7 @@ MEASURED = (
     "images_per_s", "peak_mb", "kept_mb", "error",
 )  # fmt: skip
 ABOUT = ("level", "device_type", "device", "driver", "backend", "torch", "triton", "python", "commit", "dirty", "date")
+COLUMNS = MEASURED + ABOUT
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -76,17 +76,16 @@ class Recorder:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [] if fresh else self._started()
         self.done = {row["job"] for row in rows}
-        self.part.write_text(_lines([dict(zip(MEASURED + ABOUT, MEASURED + ABOUT, strict=True)), *rows]))
+        job_csv.write(self.part, COLUMNS, rows)
 
     def _started(self) -> list[dict[str, str]]:
         """The rows of all finished jobs."""
         if not self.part.exists():
             return []
-        text = self.part.read_text()
-        whole = text[: text.rfind("\n") + 1]  # the last line may have been cut off
-        rows = list(csv.DictReader(io.StringIO(whole)))
-        if rows and set(rows[0]) != {*MEASURED, *ABOUT}:
-            raise FileExistsError(f"{self.part} has other columns: --fresh discards it, --out NAME leaves it")
+        try:
+            rows = job_csv.read_finished(self.part, COLUMNS)
+        except ValueError as error:
+            raise FileExistsError(f"{error}: --fresh discards it, --out NAME leaves it") from None
         for name, value in self.about.items():
             other = next((row[name] for row in rows if row[name] != value), value)
             if other != value and name != "date":
@@ -94,29 +93,17 @@ class Recorder:
                     f"{self.part} was started with another {name} ({other}, now {value}): --fresh discards it, "
                     "--out NAME leaves it"
                 )
-        found = Counter(row["job"] for row in rows)
-        return [row for row in rows if found[row["job"]] == int(row["rows"])]
+        return rows
 
     def add(self, job: str, rows: Sequence[dict[str, Any]]) -> None:
         """Put the rows of a finished job on disk."""
-        with self.part.open("a", newline="") as file:
-            file.write(_lines([{"job": job, "rows": len(rows)} | row | self.about for row in rows]))
-            file.flush()
-            os.fsync(file.fileno())
+        job_csv.append(self.part, COLUMNS, job, rows, self.about, digits=4)
         self.done.add(job)
 
     def finish(self) -> Path:
         """Nothing more will come."""
         os.replace(self.part, self.path)
         return self.path
-
-
-def _lines(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, MEASURED + ABOUT, lineterminator="\n")
-    for row in rows:
-        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue()
 
 
 def _driver() -> str:

@@ -30,8 +30,9 @@ momentum, 0.01, and with 0.1); "(3, 5)" is `ClipSchedule.constant(3, 5)`, the pa
 on; "auto" is `ClipSchedule.auto()`. Claims are judged for the paper's settings and for the automatic limits, against
 `BN, 0.1`. All candidates of a seed have the same initial weights, batches, optimizer and learning rate. The rate is
 the best for `BN, 0.1` of 0.01, 0.02, 0.05 and 0.1 on other seeds ([`rates.csv`](../experiments/results/rates.csv),
-`python -m experiments.rates`) where batches of images are trained on from scratch; elsewhere it was set beforehand.
-Test accuracies are those of evaluation, normalized by running statistics, at the end of the training.
+`python -m experiments.rates`) where batches of images are trained on from scratch, by the accuracy on the same test
+images; elsewhere it was set beforehand. Test accuracies are those of evaluation, normalized by running statistics, at
+the end of the training.
 """
 
 

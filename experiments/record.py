@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from bench import job_csv
 from bench.record import machine
 
 from .common import Job, Row
@@ -39,17 +36,12 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [] if fresh or not path.exists() else _finished(path)
         self.done = {row["job"] for row in rows}
-        part = path.with_suffix(".part")
-        part.write_text(_lines([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]))
-        os.replace(part, path)
+        job_csv.write(path, COLUMNS, rows)
 
     def add(self, job: Job, rows: Sequence[Row], origin: dict[str, str]) -> None:
         """Put the rows of a finished job on disk."""
-        own = {"job": str(job), "rows": len(rows), "condition": job.condition, "candidate": job.candidate}
-        with self.path.open("a", newline="") as file:
-            file.write(_lines([own | {"steps": job.steps} | row | origin for row in rows]))
-            file.flush()
-            os.fsync(file.fileno())
+        own = {"condition": job.condition, "candidate": job.candidate, "steps": job.steps}
+        job_csv.append(self.path, COLUMNS, str(job), [own | row for row in rows], origin, digits=6)
         self.done.add(str(job))
 
 
@@ -61,18 +53,7 @@ def load(path: Path) -> pd.DataFrame:
 
 
 def _finished(path: Path) -> list[dict[str, str]]:
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]  # the last line may have been cut off
-    rows = list(csv.DictReader(io.StringIO(whole)))
-    if rows and tuple(rows[0]) != COLUMNS:
-        raise ValueError(f"{path} has other columns than this version writes: --fresh measures anew")
-    found = Counter(row["job"] for row in rows)
-    return [row for row in rows if found[row["job"]] == int(row["rows"])]
-
-
-def _lines(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-    return text.getvalue()
+    try:
+        return job_csv.read_finished(path, COLUMNS)
+    except ValueError as error:
+        raise ValueError(f"{error}: --fresh measures anew") from None

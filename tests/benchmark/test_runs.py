@@ -350,3 +350,17 @@ def test_a_started_run_with_other_columns_is_not_continued(tmp_path):
     (tmp_path / "run.csv.part").write_text("a,b\n1,2\n")
     with pytest.raises(FileExistsError, match="other columns"):
         recorder(tmp_path / "run.csv")
+
+
+@pytest.mark.parametrize("command", ("settings", "profile"))
+def test_what_needs_a_gpu_says_so(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main([command, str(tmp_path / "out.csv")]) == 2
+    assert "sees none" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_no_profile_without_nsight_compute(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert cli.main(["profile", str(tmp_path / "out.csv")]) == 2
+    assert "Nsight Compute" in capsys.readouterr().err and not list(tmp_path.iterdir())
