@@ -3,10 +3,12 @@
 Without a GPU the kernels are interpreted. Tiles are made tiny where a test is about several of them.
 """
 
+import gc
 import mmap
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from brn_kernels.backends import layout, reference
 
 pytest.importorskip("triton")
 from brn_kernels.backends import triton as kernels  # noqa: E402
-from brn_kernels.backends.triton import config, kernels_backward, kernels_forward, launch  # noqa: E402
+from brn_kernels.backends.triton import config, kernels_backward, kernels_forward, launch, tickets  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -113,6 +115,35 @@ def test_counters_are_left_at_zero(launches, monkeypatch, device, channels_last)
     second = run(kernels, arguments)
     assert not counters.any()
     assert all(torch.equal(first[name], second[name]) for name in ("y", "dx", "dweight"))
+
+
+def test_counters_are_kept_when_more_are_needed(monkeypatch):
+    """Launches that wait on their stream still count in the old ones, and nothing else would keep those."""
+    stream = iter(range(100, 200))
+    monkeypatch.setattr(tickets, "_counters", {})
+    monkeypatch.setattr(tickets, "_reserves", {})
+    monkeypatch.setattr(tickets, "_outgrown", [])
+    monkeypatch.setattr(tickets, "_lasting_zeros", lambda _, count: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
+    gpu = torch.device("cuda", 0)
+    few = weakref.ref(tickets.tickets(gpu, 5))
+    assert tickets.tickets(gpu, 7) is few()
+    more = tickets.tickets(gpu, 10_000)
+    assert more.numel() >= 10_000 and tickets.tickets(gpu, 5) is more
+    gc.collect()
+    assert few() is not None
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: next(stream), raising=False)
+    assert tickets.tickets(gpu, 5) is not tickets.tickets(gpu, 5)
+
+
+@pytest.mark.parametrize("channels_last", (True, False))
+def test_the_most_channels_are_counted_in_32_bits(channels_last):
+    """The workspace's rows are found in 32-bit arithmetic: 4 rows of coefficients, then 3 of partial results."""
+    channels = launch.MAX_COLUMNS - 1
+    shape = layout.Layout(channels_last, 2, channels, channels if channels_last else 2)
+    chosen = config.launch_for("forward", shape, 2, (channels,), 132)
+    assert 4 * chosen.padded_channels < 2**31 and 3 * chosen.splits * chosen.padded_channels < 2**31
 
 
 # -- one launch

@@ -22,7 +22,7 @@ from .tickets import tickets
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-MAX_COLUMNS = 2**29  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64)
+MAX_COLUMNS = 2**28  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64)
 
 
 def is_fused(
@@ -83,7 +83,7 @@ def forward(
             kernels_forward.stream_kernel, launch.grid,
             (source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
              _as_bytes(dense_clipped), num_batches_tracked, limits, dense_state, saved, workspace,
-             tickets(x.device, launch.channel_tiles)),
+             tickets(x.device, 1 if launch.alone else launch.channel_tiles)),
             integers, floats, plan.summing, x.device,
         )  # fmt: skip
         if not launch.alone:

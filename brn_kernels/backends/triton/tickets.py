@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 RESERVED = 2**18  # counters, 1 MB, for what is captured: 5 times ResNet-50's training step in the contiguous layout
 
 _counters: dict[tuple[int | None, int], Tensor] = {}  # by device and stream
+_outgrown: list[Tensor] = []  # kept: launches that wait on their stream still count in them
 _reserves: dict[torch.device, Tensor] = {}  # what is left of each
 _taking = threading.Lock()
 
@@ -34,6 +36,16 @@ def tickets(device: torch.device, count: int) -> Tensor:
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     counters = _counters.get(key)
     if counters is None or counters.numel() < count:
+        with _taking:
+            counters = _more_counters(key, device, count)
+    return counters
+
+
+def _more_counters(key: tuple[int | None, int], device: torch.device, count: int) -> Tensor:
+    counters = _counters.get(key)
+    if counters is None or counters.numel() < count:
+        if counters is not None:
+            _outgrown.append(counters)
         counters = _counters[key] = _lasting_zeros(device, max(count, 4096))
         if device not in _reserves:
             _reserves[device] = _lasting_zeros(device, RESERVED)
@@ -46,14 +58,12 @@ def _lasting_zeros(device: torch.device, count: int) -> Tensor:
     While ``torch.compile(mode="reduce-overhead")`` warms up, what a thread allocates belongs to its graphs' pool, and
     is used again when they are replayed. That is so for each thread apart: another one allocates as usual.
     """
-    made: list[Tensor] = []
 
-    def make() -> None:
+    def make() -> Tensor:
         with torch.cuda.device(device):
-            made.append(torch.zeros(count, dtype=torch.int32, device=device))
+            zeros = torch.zeros(count, dtype=torch.int32, device=device)
             torch.cuda.current_stream().synchronize()
+        return zeros
 
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    return made[0]
+    with ThreadPoolExecutor(1) as another:
+        return another.submit(make).result()
