@@ -84,9 +84,10 @@ def advise(
 ) -> Advice:
     """Say whether BatchNorm is enough for ``model`` on ``batches``, or Batch Renormalization should be used, and how.
 
-    Runs batches in training mode without gradients. Parameters, gradients, buffers, training flags, hooks and the
-    random number generators are as before afterwards, also if something raises. Batches are of this process alone:
-    where a layer pools those of several, the real noise is smaller.
+    Runs batches in training mode without gradients, Batch Renormalization layers with closed limits: as BatchNorm does.
+    Parameters, gradients, buffers, training flags, hooks and the global random number generators are as before
+    afterwards, also if something raises. Batches are of this process alone: where a layer pools those of several, the
+    real noise is smaller.
 
     Args:
         model: has ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm`` or Batch Renormalization layers.
@@ -119,12 +120,15 @@ def advise(
     recommended = recommend(choice, overall, renorm, total_steps)
     notes = []
     if collected.left_out:
-        notes.append(f"{collected.left_out} batches with one value per channel were left out")
+        notes.append(f"{collected.left_out} batches with fewer than two values per channel were left out")
     if collected.not_finite:
         notes.append(f"{collected.not_finite} inputs of layers with NaN or Inf were left out")
     careful = caution(choice, layers)
     if careful:
         notes.append(careful)
+    again = [name for name, seen in usable.items() if len({o.batch for o in seen}) < len(seen)]
+    if again:
+        notes.append(f"what differs between the calls of a layer counts as composition: {', '.join(again)}")
     constant = [name for name, layer in summaries.items() if layer is None]
     if constant:
         notes.append(f"layers with constant inputs were left out: {', '.join(constant)}")

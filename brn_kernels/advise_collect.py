@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .advise_state import untouched
 from .modules import BatchRenorm
+from .schedule import ClipSchedule
 
 INPUT_NAMES = ("x", "input", "inputs", "image", "images", "pixel_values", "data")
 
@@ -39,12 +40,12 @@ class Collected:
 
     layers: dict[str, list[Observation]] = field(default_factory=dict)
     batches: int = 0
-    left_out: int = 0  # batches with one value per channel, which BatchNorm refuses
+    left_out: int = 0  # batches with fewer than two values per channel, which BatchNorm refuses
     not_finite: int = 0  # inputs of layers with NaN or Inf
 
 
-class _OneValue(Exception):
-    """A layer got one value per channel."""
+class _TooFewValues(Exception):
+    """A layer got one value per channel, or none."""
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -78,12 +79,14 @@ def collect(
             raise ValueError(f"batches must be an iterable of inputs, got {type(batches).__name__}") from None
         model.train()
         for name, layer in layers.items():
+            if isinstance(layer, BatchRenorm):  # else later layers would see its running statistics move as a trend
+                layer._schedule = ClipSchedule.batchnorm()
             layer.register_forward_pre_hook(_watch(name, collected), with_kwargs=True)
         for batch in itertools.islice(iterator, max_batches):
             seen = {name: len(observations) for name, observations in collected.layers.items()}
             try:
                 run(model, batch)
-            except _OneValue:
+            except _TooFewValues:
                 collected.left_out += 1
                 for name, observations in collected.layers.items():
                     del observations[seen.get(name, 0) :]
@@ -96,10 +99,12 @@ def _watch(name: str, collected: Collected) -> Callable[[nn.Module, tuple[Any, .
         x = args[0] if args else kwargs.get("x", kwargs.get("input"))
         if not layer.training or not isinstance(x, Tensor) or x.dim() < 2:
             return
+        if x.numel() == 0:
+            raise _TooFewValues
         mask = args[2] if len(args) > 2 else kwargs.get("mask")
         observation = observe(x, mask, collected.batches)
         if observation.values < 2:
-            raise _OneValue
+            raise _TooFewValues
         if not bool((observation.mean + observation.square).isfinite().all()):
             collected.not_finite += 1
             return

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+FIGURES = (".png", ".svg", ".pdf")
+
 
 class UserError(Exception):
     """What the user gave cannot be used; the message is one line."""
@@ -29,7 +31,7 @@ def add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--batches", type=int, default=48, help="how many are run (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="of your training: for the schedule")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--figure", metavar="FILE", help="draw the layers into this file (.png, .svg, .pdf)")
+    parser.add_argument("--figure", metavar="FILE", help=f"draw the layers into this file ({', '.join(FIGURES)})")
     parser.set_defaults(run=_advise)
 
 
@@ -59,8 +61,8 @@ def load(name: str) -> Callable[..., Any]:
         UserError: there is none.
     """
     module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise UserError(f"expected module:function, got {name!r}")
+    if not attribute or not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(f"expected module:function, the module as it is imported, got {name!r}")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -83,6 +85,8 @@ def _advise(arguments: argparse.Namespace) -> int:
     from .advise import advise
 
     try:
+        if arguments.figure and Path(arguments.figure).suffix not in FIGURES:
+            raise UserError(f"--figure must end in {', '.join(FIGURES)}, got {arguments.figure!r}")
         function = load(arguments.function)
     except UserError as error:
         return _refuse("advise", error)

@@ -22,6 +22,7 @@ from .schedule import limits_at
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _SHARES = ("clipped_r", "clipped_d", "not_finite", "hits")
 COLUMNS = (*_SHARES, *(f"{name}_{round(100 * q)}" for name in ("r", "d") for q in QUANTILES))
+_ROUNDING = 16  # times the dtype's precision
 _WAITING_VALUES = 2**21  # of calls whose numbers are computed later, all at once: 8 MB in float32
 
 
@@ -60,12 +61,15 @@ class ClipMonitor:
         history: calls of a layer that are kept; older ones are dropped.
 
     Raises:
-        ValueError: the model has no Batch Renormalization layer with running statistics, or a number is below 1.
+        ValueError: ``model`` is no module, or has no Batch Renormalization layer with running statistics; a number is
+            below 1.
     """
 
     def __init__(self, model: nn.Module, *, every: int = 10, history: int = 1000) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         for name, number in (("every", every), ("history", history)):
-            if not isinstance(number, int) or number < 1:
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
         self.layers = {
             name or type(module).__name__: module
@@ -260,12 +264,12 @@ def _kind(before: observe.Before) -> tuple[Any, ...]:
 def _numbers(calls: list[_Seen]) -> Tensor:
     """(calls, len(COLUMNS)), of calls of one kind."""
     running_mean, running_var = torch.stack([seen.statistics for seen in calls], 1)
-    batch_mean, inv_std, _, _ = torch.stack([seen.saved for seen in calls], 1)
+    batch_mean, inv_std, clipped_to_r, clipped_to_d = torch.stack([seen.saved for seen in calls], 1)
     r_max, d_max = _limits(calls, inv_std.dtype)
     running_std = torch.sqrt(running_var + calls[0].kind[2])
     r, d = 1 / (inv_std * running_std), (batch_mean - running_mean) / running_std
     finite = torch.isfinite(r) & torch.isfinite(d)
-    clipped_r, clipped_d = finite & ((r > r_max) | (r < 1 / r_max)), finite & (d.abs() > d_max)
+    clipped_r, clipped_d = finite & _differ(r, clipped_to_r), finite & _differ(d, clipped_to_d)
     predicted = ((r_max > 1) & (d_max > 0)).expand_as(finite)
     if calls[0].clipped is not None:
         predicted = predicted & ~torch.stack([seen.clipped for seen in calls if seen.clipped is not None])
@@ -274,6 +278,11 @@ def _numbers(calls: list[_Seen]) -> Tensor:
     both = torch.where(finite, torch.stack([r, d]), torch.nan)
     quantiles = torch.nanquantile(both, _quantiles(both.dtype, both.device), dim=2)  # (quantiles, 2, calls)
     return torch.cat([shares, quantiles.permute(2, 1, 0).flatten(1)], 1)
+
+
+def _differ(found: Tensor, clipped_to: Tensor) -> Tensor:
+    """Where the call used another number than this one, which is computed again and may be rounded otherwise."""
+    return (found - clipped_to).abs() > _ROUNDING * torch.finfo(found.dtype).eps * found.abs()
 
 
 def _limits(calls: list[_Seen], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Objective = Callable[[ClipSchedule, float, "optuna.Trial"], float]
 
+_DEFAULT = "defaults"  # marks their trial
 PLOTS = ("plot_optimization_history", "plot_param_importances", "plot_slice", "plot_parallel_coordinate")
 
 
@@ -58,7 +59,7 @@ def tune(
         study: the name under which the storage keeps it; the same name goes on.
         storage: SQLAlchemy's URL of a database; None: in memory.
         maximize: whether more is better.
-        seed: of the sampler.
+        seed: of the sampler; a study that goes on draws other points.
 
     Raises:
         StudyError: a ``ValueError``: a number out of its range; a storage that cannot be opened; a study of that name
@@ -75,21 +76,32 @@ def tune(
     try:
         found = optuna.create_study(
             study_name=study, storage=storage, load_if_exists=True, direction=direction,
-            sampler=optuna.samplers.TPESampler(seed=seed), pruner=optuna.pruners.MedianPruner(),
+            pruner=optuna.pruners.MedianPruner(),
         )  # fmt: skip
     except Exception as error:  # the database's own, of many kinds
         raise StudyError(f"storage {storage!r} cannot be opened: {error}") from error
     _check_same({"direction": found.direction.name.lower(), **found.user_attrs}, study, direction, steps)
     found.set_user_attr("steps", steps)
-    if not found.trials:
+    found.sampler = optuna.samplers.TPESampler(seed=seed + len(found.trials))  # one seed would repeat its first points
+    if not any(_is_default(trial) for trial in found.trials):
         default = ClipSchedule.for_training(steps)
         parts = {name: getattr(default, name) / steps for name in ("hold", "r_ramp", "d_ramp")}
-        found.enqueue_trial({"r_max": default.r_max, "d_max": default.d_max, "momentum": 0.01} | parts)
+        found.enqueue_trial(
+            {"r_max": default.r_max, "d_max": default.d_max, "momentum": 0.01} | parts, {_DEFAULT: True}
+        )
     done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     left = None if trials is None else trials - len(found.get_trials(states=done))
     if left is None or left > 0:
         found.optimize(lambda trial: objective(*suggest(trial, steps), trial), n_trials=left, timeout=timeout)
     return found
+
+
+def _is_default(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether it is that of the defaults and has been, or will be, run to an end."""
+    import optuna
+
+    states = optuna.trial.TrialState
+    return _DEFAULT in trial.user_attrs and trial.state in (states.COMPLETE, states.PRUNED, states.WAITING)
 
 
 def _check_same(found: dict[str, Any], study: str, direction: str, steps: int) -> None:

@@ -54,6 +54,24 @@ def test_a_drifting_stream_is_for_batchnorm(size):
     assert advice.layers[0].neumann < 1
 
 
+@pytest.mark.parametrize("schedule", [brn.ClipSchedule.constant(3, 5), brn.ClipSchedule.auto()], ids=["open", "auto"])
+@pytest.mark.parametrize("momentum", [0.01, 0.1])
+@pytest.mark.parametrize("size, classes, drift", [(64, 10, 0), (2, 10, 0), (32, 1, 0), (32, 10, 0.1)])
+def test_a_converted_model_gets_the_advice_that_its_batchnorm_gets(size, classes, drift, momentum, schedule):
+    """Layers behind one whose running statistics settle saw a trend that is not the stream's."""
+    batches = list(stream(size, classes, drift=drift))
+    converted = brn.convert_batchnorm(mlp(), momentum=momentum, schedule=schedule)
+    state = None if converted[1].auto_state is None else converted[1].auto_state.clone()
+    torch.manual_seed(5)
+    expected = brn.advise(mlp(), batches).to_dict()
+    torch.manual_seed(5)
+    found = brn.advise(converted, batches).to_dict()
+    assert found["choice"] == expected["choice"]
+    assert found["overall"]["drift"] == pytest.approx(expected["overall"]["drift"], abs=1e-3)
+    assert converted[1].schedule == schedule
+    assert state is None or torch.equal(converted[1].auto_state, state)
+
+
 def test_convolutions_on_digits():
     pytest.importorskip("sklearn")
     from brn_kernels.demo import Setting, batches, digits, network
@@ -242,11 +260,16 @@ def test_a_layer_used_twice_counts_both_uses():
 
     (layer,) = brn.advise(Twice(), stream(64)).layers
     assert layer.d > 0.5 and layer.neumann == pytest.approx(2, abs=0.9)  # two populations, no trend
+    assert any("between the calls of a layer" in note for note in brn.advise(Twice(), stream(64)).notes)
 
 
 def test_batches_that_cannot_be_used_are_told():
-    advice = brn.advise(mlp(), [*stream(32), torch.randn(1, 16)], max_batches=60)
-    assert advice.batches == 49 and any("one value per channel" in note for note in advice.notes)
+    advice = brn.advise(mlp(), [*stream(32), torch.randn(1, 16), torch.randn(0, 16)], max_batches=60)
+    assert (
+        advice.batches == 50
+        and any(note.startswith("2 batches") for note in advice.notes)
+        and any("fewer than two values per channel" in note for note in advice.notes)
+    )
     spoilt = list(stream(32))
     spoilt[3][0] = math.nan
     assert any("NaN" in note for note in brn.advise(mlp(), spoilt).notes)
@@ -265,7 +288,7 @@ def test_a_batch_that_a_later_layer_refuses_counts_in_no_layer():
 
     advice = brn.advise(Narrowing(), [*stream(32, count=20), torch.full((5, 16), 1000.0)])
     assert len(advice.layers) == 2 and advice.layers[0].d < 0.5
-    assert advice.notes[0] == "1 batches with one value per channel were left out"
+    assert advice.notes[0] == "1 batches with fewer than two values per channel were left out"
 
 
 def test_text_json_and_figure(tmp_path):

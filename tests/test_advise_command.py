@@ -64,10 +64,15 @@ def test_command_refuses_in_one_line(user_module, capsys, function, message):
 
 def test_command_says_what_it_found_even_if_the_figure_cannot_be_written(user_module, capsys):
     (user_module / "file").touch()
-    for path in ("file/a.png", "a.nonsense"):
-        assert cli.main(["advise", "advised_user:good", "--figure", path]) == 2
-        out, err = capsys.readouterr()
-        assert "Use BatchNorm" in out and err.startswith("brn advise: ") and err.count("\n") == 1
+    assert cli.main(["advise", "advised_user:good", "--figure", "file/a.png"]) == 2
+    out, err = capsys.readouterr()
+    assert "Use BatchNorm" in out and err.startswith("brn advise: ") and err.count("\n") == 1
+
+
+def test_command_refuses_a_kind_of_figure_before_it_measures(user_module, capsys):
+    assert cli.main(["advise", "advised_user:good", "--figure", "a.nonsense"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "must end in .png, .svg, .pdf" in err and err.count("\n") == 1
 
 
 def test_command_shows_the_users_own_error(user_module):

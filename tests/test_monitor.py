@@ -83,6 +83,18 @@ def test_numbers_equal_those_by_hand(backend, device, schedule, momentum, dtype)
         assert any(0 < numbers[0] for numbers in expected)
 
 
+@pytest.mark.parametrize("eps", [1e-5, 3e-3, 3e-6, 0.3, 1e-12])
+@pytest.mark.parametrize("schedule", ["closed", "auto", "ramp"])
+def test_dead_channels_are_not_clipped_by_a_rounding(backend, device, schedule, eps):
+    """r is exactly 1 there, which is no more than closed limits allow."""
+    layer = brn.BatchRenorm1d(4, eps=eps, schedule=SCHEDULES[schedule]).to(device)
+    layer.running_var.zero_()
+    with brn.ClipMonitor(layer, every=1) as monitor:
+        layer(torch.zeros(8, 4, device=device))
+    (row,) = monitor.rows()
+    assert (row["clipped_r"], row["clipped_d"], row["hits"]) == (0, 0, 0), "right but not predicted: limits are closed"
+
+
 def test_masks_and_channels_that_are_not_finite(device):
     layer = brn.BatchRenorm2d(16, momentum=0.1, schedule=SCHEDULES["constant"]).to(device)
     mask = (torch.rand(6, 5, 3, generator=torch.Generator().manual_seed(0)) < 0.6).to(device)
@@ -331,9 +343,11 @@ def test_a_tensorboard_writer_takes_it(device, tmp_path):
 
 
 def test_bad_arguments():
+    with pytest.raises(ValueError, match="must be a torch.nn.Module, got str"):
+        brn.ClipMonitor("model")
     with pytest.raises(ValueError, match="no Batch Renormalization layer"):
         brn.ClipMonitor(nn.Sequential(nn.BatchNorm2d(3)))
     for name in ("every", "history"):
-        for number in (0, 1.5, -1):
+        for number in (0, 1.5, -1, True):
             with pytest.raises(ValueError, match=name):
                 brn.ClipMonitor(brn.BatchRenorm2d(3), **{name: number})

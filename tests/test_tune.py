@@ -53,6 +53,26 @@ def test_an_interrupted_study_goes_on(storage):
     assert len(tuning.tune(interrupted, steps=STEPS, trials=8, storage=storage).trials) == len(states), "nothing left"
 
 
+def test_a_study_that_goes_on_draws_new_points(storage):
+    tuning.tune(distance, steps=STEPS, trials=4, storage=storage)
+    study = tuning.tune(distance, steps=STEPS, trials=8, storage=storage)
+    assert len({tuple(trial.params.items()) for trial in study.trials}) == 8
+
+
+def test_the_default_is_tried_again_if_it_was_interrupted(storage):
+    def interrupted(schedule, momentum, trial):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune(interrupted, steps=STEPS, trials=3, storage=storage)
+    for trials in (3, 5):
+        study = tuning.tune(distance, steps=STEPS, trials=trials, storage=storage)
+    default = brn.ClipSchedule.for_training(STEPS)
+    done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    drawn = [tuning.suggest(optuna.trial.FixedTrial(trial.params), STEPS) for trial in done]
+    assert len(done) == 5 and drawn.count((default, 0.01)) == 1
+
+
 @pytest.mark.parametrize("other", [{"maximize": True}, {"steps": STEPS + 1}])
 def test_a_study_of_another_kind_does_not_go_on(storage, other):
     tuning.tune(distance, steps=STEPS, trials=2, storage=storage)
@@ -129,6 +149,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         ("my_training", "expected module:function"),
         ("my_training:number", "is a int, not a function"),
         (":objective", "expected module:function"),
+        ("./my_training.py:objective", "expected module:function"),
+        (".my_training:objective", "expected module:function"),
     ):
         assert cli.main(["tune", wrong, "--steps", "5"]) == 2
         assert message in capsys.readouterr().err
