@@ -300,9 +300,10 @@ def fails(call):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
-    check, backend = sys.argv[1:]
-    with brn.use_backend(backend):
-        globals()[check]()
-    print(f"{check}: passed", flush=True)
-    if check not in ("dead", "mismatch"):
+    *checks, backend = sys.argv[1:]
+    for check in checks:
+        with brn.use_backend(backend):
+            globals()[check]()
+        print(f"{check}: passed", flush=True)
+    if checks[0] not in ("dead", "mismatch"):
         dist.destroy_process_group()

@@ -13,6 +13,7 @@ import brn_kernels as brn
 from brn_kernels.backends import auto_limits
 
 
+@pytest.mark.many_steps
 @pytest.mark.parametrize("stop", [1, 2, SEEN - 1, SEEN, 20])
 @pytest.mark.parametrize("by", ["state_dict", "pickle", "deepcopy"])
 def test_a_run_resumed_continues_to_the_bit(backend, device, stop, by):

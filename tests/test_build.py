@@ -401,7 +401,8 @@ def test_kernels_of_an_instruction_set_define_nothing_the_linker_could_merge(tmp
     for each in compilations:
         if "-DBRN_ISA=avx2" in each.flags:
             path = tmp_path / Path(each.object).name
-            command = [*commands[each.object], "-c", str(csrc / each.source), "-o", str(path)]
+            quickly = ["-O1" if flag == "-O3" else flag for flag in commands[each.object]]
+            command = [*quickly, "-c", str(csrc / each.source), "-o", str(path)]
             running[path] = subprocess.Popen(command)
     assert running, "no kernels"
     for path, process in running.items():
