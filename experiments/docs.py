@@ -78,13 +78,15 @@ def _ran(rows: pd.DataFrame) -> str:
 
 
 def differences(rows: dict[str, pd.DataFrame]) -> dict[str, dict[str, Interval]]:
-    """Of every condition that ends in an accuracy: each candidate less BN, 0.1; of BN itself its accuracy."""
+    """Of every condition that ends in an accuracy and has BN, 0.1: each candidate less it; of BN itself its accuracy."""
     found: dict[str, dict[str, Interval]] = {}
     for letter, table in rows.items():
         for measure in ACCURACIES:
             chosen = table[table.measure == measure]
             for condition in dict.fromkeys(chosen.condition):
                 measured = set(chosen[chosen.condition == condition].candidate) & set(CANDIDATES)
+                if BN not in measured:
+                    continue
                 by_seed = {name: values(table, condition, name, measure) for name in CANDIDATES if name in measured}
                 found[f"{letter}. {condition}"] = {
                     name: interval(list(own if name == BN else own - by_seed[BN])) for name, own in by_seed.items()

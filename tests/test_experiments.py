@@ -201,6 +201,7 @@ def test_quick(letter, tmp_path, in_this_process, capsys, monkeypatch):
     monkeypatch.setattr(docs, "FIGURES", tmp_path)
     text = docs.section(letter, experiment(letter), rows, draw=True)
     assert (tmp_path / f"{letter}.png").stat().st_size > 10_000 and "| verdict" in text
+    assert all("BN, 0.1" in against for against in docs.differences({letter: rows}).values())
 
 
 def test_an_interrupted_run_goes_on(tmp_path, in_this_process, monkeypatch):
