@@ -81,18 +81,21 @@ def test_forward_traffic_with_a_residual(launches, traffic, device, channels_las
     assert bits.numel() * 8 == y.numel()
 
 
-@LAYOUTS
-def test_only_clipped_channels_are_read_again(launches, traffic, device, channels_last):
-    """In channels_last by eights, so that accesses stay 16 bytes wide."""
-    arguments = call(device, (6, 32, 5, 3), channels_last=channels_last, schedule=[30.0, 30.0, 0.0, 0.0, 0.0])
+@pytest.mark.parametrize(
+    "channels_last, shape, together",
+    [(True, (6, 32, 5, 3), 8), (False, (6, 32, 4, 4), 1), (False, (6, 32, 5, 3), 2)],
+    ids=["channels_last", "contiguous", "planes side by side"],
+)
+def test_only_clipped_channels_are_read_again(launches, traffic, device, channels_last, shape, together):
+    """Together with their neighbours where accesses of 16 bytes would not stay whole: 8 values, or a row of planes."""
+    arguments = call(device, shape, channels_last=channels_last, schedule=[30.0, 30.0, 0.0, 0.0, 0.0])
     arguments["running_var"][11] = 1e-6  # r is far over its limit there
     arguments["clipped"][11] = True
     y, _, _ = kernels.forward(**arguments)
     assert arguments["clipped"].nonzero().tolist() == [[11]]
     seen = traffic({"x": arguments["x"], "y": y})
-    again = 8 / 32 if channels_last else 1 / 32
-    assert seen.loads["x"] == 1 + again
-    assert seen.stores["y"] == (1 + again if channels_last else 1)
+    assert seen.loads["x"] == 1 + together / 32
+    assert seen.stores["y"] == (1 + together / 32 if together > 1 else 1)
 
 
 @LAYOUTS

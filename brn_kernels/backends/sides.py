@@ -15,7 +15,8 @@ from .layout import Layout
 class Side(NamedTuple):
     """A tensor whose memory fits the layout of the call, with its (outer, channel) strides there.
 
-    The channel stride is 0 in channels_last, where channels are columns of a row.
+    The channel stride is 0 in channels_last, where channels are columns of a row. The strides of no tensor are such as
+    stand in nobody's way.
     """
 
     tensor: Tensor | None
@@ -38,7 +39,7 @@ def readable(tensor: Tensor | None, shape: Layout) -> Side:
 def writable(tensor: Tensor | None, shape: Layout) -> Side:
     """The tensor, or a dense one to be copied from if its memory does not fit the layout of the call."""
     if tensor is None:
-        return Side(None, (0, 0))
+        return Side(None, (0, 0 if shape.channels_last else shape.inner))
     strides = _strides(tensor.shape, tensor.stride(), shape)
     return Side(layout.empty_in(shape, tensor), _dense_strides(shape)) if strides is None else Side(tensor, strides)
 

@@ -2,7 +2,8 @@
 
 Words used here and in the kernels: a *tile* is what one program holds in registers, ``outer`` x ``inner`` elements; an
 *item* is one tile's worth of work; a *split* is the run of items that one program goes through; a *channel tile* is the
-set of channels that share a program (``inner`` channels in channels_last, one otherwise).
+set of channels that share a program: ``inner`` channels in channels_last; in the contiguous layout one, or a few whose
+planes lie side by side in a row, so that it divides into accesses of 16 bytes where a plane does not (7 x 7).
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ SETTINGS = {
     ("backward", True): Settings(warps=4, accesses=4, programs=3),
     ("backward", False): Settings(warps=4, accesses=2, programs=5),
 }
-# Narrow accesses, float64, packing bits, the derivatives of smooth activations, and both passes in one launch need more
-# registers
+# Narrow accesses, float64, packing bits, half-precision planes side by side, the derivatives of smooth activations, and
+# both passes in one launch need more registers
 PROGRAMS_OF_MANY_REGISTERS = 2
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
@@ -57,6 +58,7 @@ MIN_INNER_CONTIGUOUS = 64
 MAX_DEAD_LANES = 0.125  # of a contiguous tile, beyond the end of a plane
 MERGED_BYTES = 4096  # of partial results that a finishing program reads at a time: each time costs a trip to L2
 
+MAX_COLUMNS = 2**28  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64)
 MAX_WAVES = 8  # of programs
 ITEMS_WITHOUT_SPLIT = 4  # so few take about as long as another launch (by estimate, not measured)
 
@@ -65,7 +67,10 @@ ITEMS_WITHOUT_SPLIT = 4  # so few take about as long as another launch (by estim
 class Launch:
     """How one tensor is worked through. ``grid`` is (channel tiles, splits)."""
 
-    channels_last: bool
+    channels_last: bool  # or planes side by side: rows of columns that each belong to one channel
+    tile_channels: int  # of a channel tile
+    plane: int  # columns of a channel
+    row: int  # columns of a row in memory
     outer: int  # of a tile, a power of 2
     inner: int  # of a tile, a power of 2
     vector: int  # elements that every row start and row length is a multiple of; at most 16 bytes
@@ -91,12 +96,12 @@ class Launch:
 
     def merge_rows(self, itemsize: int) -> int:
         """Splits whose partial results, of ``itemsize`` bytes, a finishing program reads at a time."""
-        return max(1, min(512, MERGED_BYTES // (itemsize * (self.inner if self.channels_last else 1))))
+        return max(1, min(512, MERGED_BYTES // (itemsize * self.tile_channels)))
 
     @property
     def padded_channels(self) -> int:
         """Channels including those that pad the last channel tile: the row length of the workspace."""
-        return self.channel_tiles * (self.inner if self.channels_last else 1)
+        return self.channel_tiles * self.tile_channels
 
 
 @functools.cache
@@ -113,6 +118,7 @@ def launch_for(
     strides: tuple[int, ...],
     multiprocessors: int,
     many_registers: bool = False,
+    has_bits: bool = False,
 ) -> Launch:
     """The settings for one pass over tensors of this layout.
 
@@ -120,23 +126,35 @@ def launch_for(
         direction: "forward" or "backward".
         layout: of all tensors of the pass.
         itemsize: bytes of an element.
-        strides: every stride, in elements, that a kernel multiplies a row or a channel with.
+        strides: (outer, channel) of each tensor in turn, in elements.
         multiprocessors: of the GPU it runs on.
         many_registers: the kernel packs bits, or computes a smooth activation's derivative.
+        has_bits: it writes or reads packed bits, which begin anew with each channel.
     """
-    settings = SETTINGS[direction, layout.channels_last]
     access = max(1, ACCESS_BYTES // itemsize)
+    plane = 1 if layout.channels_last else layout.inner
+    side_by_side = 1
+    if not (has_bits or layout.channels_last):
+        a_row = 32 * SETTINGS[direction, True].warps * access  # one access a thread: few coefficients in registers
+        side_by_side = _side_by_side(layout, access, strides, a_row)
+    if side_by_side > 1:
+        layout = Layout(True, layout.outer, layout.channels, layout.channels * plane)
+        strides = strides[::2]
+    settings = SETTINGS[direction, layout.channels_last]
     vector = _common_vector(access, (layout.inner, *strides))
-    if many_registers or vector < access or itemsize == 8:
+    if many_registers or vector < access or itemsize == 8 or (side_by_side > 1 and itemsize == 2):
         settings = dataclasses.replace(settings, programs=PROGRAMS_OF_MANY_REGISTERS)
     per_thread = settings.accesses * access if vector == access else min(settings.accesses * access, MAX_NARROW)
     elements = settings.warps * 32 * per_thread
-    if layout.channels_last:
-        inner = min(max(_power_of_2(layout.inner), MIN_INNER), MAX_INNER_CHANNELS_LAST)
-        channel_tiles, chunks = -(-layout.channels // inner), 1
+    chunks, tile_channels = 1, side_by_side
+    if side_by_side > 1:
+        inner = max(_power_of_2(side_by_side * plane), MIN_INNER)
+    elif layout.channels_last:
+        inner = tile_channels = min(max(_power_of_2(layout.inner), MIN_INNER), MAX_INNER_CHANNELS_LAST)
     else:
         inner = _inner_of_plane(layout.inner, elements)
-        channel_tiles, chunks = layout.channels, -(-layout.inner // inner)
+        chunks = -(-layout.inner // inner)
+    channel_tiles = -(-layout.channels // tile_channels)
     outer = min(elements // inner, _power_of_2(layout.outer))
     items = -(-layout.outer // outer) * chunks
     items_per_split, splits = _split(items, channel_tiles, multiprocessors * settings.programs)
@@ -145,6 +163,9 @@ def launch_for(
     group_rows = layout.channels_last or vector < access
     return Launch(
         channels_last=layout.channels_last,
+        tile_channels=tile_channels,
+        plane=plane,
+        row=layout.inner,
         outer=outer,
         inner=inner,
         vector=vector,
@@ -158,6 +179,16 @@ def launch_for(
         max_registers=settings.registers,
         num_warps=settings.warps,
     )
+
+
+def _side_by_side(layout: Layout, access: int, strides: tuple[int, ...], most_columns: int) -> int:
+    """Channels whose planes are to be a row of whole accesses; 1 if a plane is one, or if nothing makes them so."""
+    channels = access // math.gcd(access, layout.inner)
+    fits = layout.channels % channels == 0 and channels * layout.inner <= most_columns
+    rows_in_32_bits = layout.channels * layout.inner < MAX_COLUMNS
+    dense = all(channel == layout.inner for channel in strides[1::2])
+    aligned = all(outer % access == 0 for outer in strides[::2])
+    return channels if fits and rows_in_32_bits and dense and aligned else 1
 
 
 def _split(items: int, tiles_at_once: int, programs: int) -> tuple[int, int]:

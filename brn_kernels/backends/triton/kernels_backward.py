@@ -25,6 +25,7 @@ from .kernels_common import (
     locate,
     number,
     offsets,
+    over_planes,
     unpack,
 )
 
@@ -34,10 +35,9 @@ PARTIAL_ROWS = 2
 
 @triton.jit
 def channel_values(
-    saved_ptr, weight_ptr, bias_ptr, tile, channels, ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr
+    saved_ptr, weight_ptr, bias_ptr, o_channels, channels, ACC: tl.constexpr
 ):  # fmt: skip
-    """(CT,) each: batch_mean, inv_std, and the scale and shift with which z = (x - batch_mean) * scale + shift."""
-    o_channels = channels_of(tile, CHANNELS_LAST, INNER)
+    """(COLUMNS,) each: batch_mean, inv_std, and the scale and shift with which z = (x - batch_mean) * scale + shift."""
     m_channels = o_channels < channels
     batch_mean = tl.load(saved_ptr + o_channels, mask=m_channels, other=0.0)
     inv_std = tl.load(saved_ptr + channels + o_channels, mask=m_channels, other=0.0)
@@ -55,12 +55,14 @@ def channel_values(
 @triton.jit
 def load_item(
     dy_ptr, x_ptr, bits_ptr, item, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks, row_bytes,
-    dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+    plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    VECTOR: tl.constexpr,
+    CT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Rows, columns and existence of a work item; its dy' and x - batch_mean, (OUTER, INNER)."""
-    rows, columns, m_exists = locate(item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
+    rows, columns, m_exists = locate(
+        item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
+    )  # fmt: skip
     o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
     o_dy = offsets(rows, columns, tile, dy_outer_v, dy_channel_v, VECTOR, CHANNELS_LAST)
     b_x = tl.load(x_ptr + o_x, mask=m_exists, other=0.0).to(ACC)
@@ -80,48 +82,49 @@ def load_item(
 @triton.jit
 def reduce_split(
     tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr,
+    CT: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """S1 and S2 of one split of a channel tile, into the workspace."""
-    CT: tl.constexpr = INNER if CHANNELS_LAST else 1
-    ROWS: tl.constexpr = OUTER * INNER // GROUP // CT
-    batch_mean, inv_std, scale, shift = channel_values(
-        saved_ptr, weight_ptr, bias_ptr, tile, channels, ACC, CHANNELS_LAST, INNER
-    )  # fmt: skip
-    s1 = tl.zeros([ROWS, CT], ACC)
-    s2 = tl.zeros([ROWS, CT], ACC)
+    COLUMNS: tl.constexpr = INNER if CHANNELS_LAST else 1
+    ROWS: tl.constexpr = OUTER * INNER // GROUP // COLUMNS
+    o_columns = channels_of(tl.arange(0, COLUMNS), tile, plane, CHANNELS_LAST, INNER, CT)
+    batch_mean, inv_std, scale, shift = channel_values(saved_ptr, weight_ptr, bias_ptr, o_columns, channels, ACC)
+    s1 = tl.zeros([ROWS, COLUMNS], ACC)
+    s2 = tl.zeros([ROWS, COLUMNS], ACC)
     first = split * items_per_split
     for item in range(first, tl.minimum(first + items_per_split, items)):
         _, _, _, b_dy, b_centered = load_item(
             dy_ptr, x_ptr, bits_ptr, item, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks,
-            row_bytes, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
-            ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+            row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+            ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
         )  # fmt: skip
         s1 += in_groups(b_dy, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
         s2 += in_groups(b_dy * b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
+    s1_total, s2_total = tl.sum(s1, 0), tl.sum(s2, 0) * inv_std
+    if COLUMNS != CT:
+        s1_total = over_planes(s1_total, plane, INNER, CT)
+        s2_total = over_planes(s2_total, plane, INNER, CT)
     p_partials = workspace_ptr + 2 * padded + tile * CT + tl.arange(0, CT)
-    tl.store(p_partials + split * padded, tl.sum(s1, 0))
-    tl.store(p_partials + (splits + split) * padded, tl.sum(s2, 0) * inv_std)
+    tl.store(p_partials + split * padded, s1_total)
+    tl.store(p_partials + (splits + split) * padded, s2_total)
 
 
 @triton.jit
 def finish_sums(
     tile, splits, saved_ptr, dweight_ptr, dbias_ptr, workspace_ptr, channels, padded, values: tl.float64,
-    ACC: tl.constexpr, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    ACC: tl.constexpr, CT: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """dgamma, dbeta and what apply needs, from all splits of a channel tile in a fixed order."""
-    CT: tl.constexpr = INNER if CHANNELS_LAST else 1
-    o_channels = channels_of(tile, CHANNELS_LAST, INNER)
+    o_channels = tile * CT + tl.arange(0, CT)
     m_channels = o_channels < channels
-    o_padded = tile * CT + tl.arange(0, CT)
     partial_s1 = tl.zeros([MERGE_ROWS, CT], ACC)
     partial_s2 = tl.zeros([MERGE_ROWS, CT], ACC)
     for start in tl.range(0, splits, MERGE_ROWS, loop_unroll_factor=2):
         o_splits = start + tl.arange(0, MERGE_ROWS)
-        p_s1 = workspace_ptr + ((2 + o_splits) * padded)[:, None] + o_padded[None, :]
+        p_s1 = workspace_ptr + ((2 + o_splits) * padded)[:, None] + o_channels[None, :]
         m_splits = (o_splits < splits)[:, None]
         partial_s1 += tl.load(p_s1, mask=m_splits, other=0.0, cache_modifier=".cg")
         partial_s2 += tl.load(p_s1 + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
@@ -132,33 +135,31 @@ def finish_sums(
     tl.store(dweight_ptr + o_channels, r * s2 + d * s1, mask=m_channels)
     tl.store(dbias_ptr + o_channels, s1, mask=m_channels)
     m_values = number(values, ACC)
-    tl.store(workspace_ptr + o_padded, s1 / m_values)
-    tl.store(workspace_ptr + padded + o_padded, inv_std * s2 / m_values)
+    tl.store(workspace_ptr + o_channels, s1 / m_values)
+    tl.store(workspace_ptr + padded + o_channels, inv_std * s2 / m_values)
 
 
 @triton.jit
 def apply_split(
     tile, split, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    VECTOR: tl.constexpr,
+    CT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Dx and dresidual of one split of a channel tile, from its end to its beginning."""
-    CT: tl.constexpr = INNER if CHANNELS_LAST else 1
-    batch_mean, _, scale, shift = channel_values(
-        saved_ptr, weight_ptr, bias_ptr, tile, channels, ACC, CHANNELS_LAST, INNER
-    )  # fmt: skip
-    o_padded = tile * CT + tl.arange(0, CT)
-    mean_dy = tl.load(workspace_ptr + o_padded, cache_modifier=".cg")
-    slope = tl.load(workspace_ptr + padded + o_padded, cache_modifier=".cg")
+    COLUMNS: tl.constexpr = INNER if CHANNELS_LAST else 1
+    o_columns = channels_of(tl.arange(0, COLUMNS), tile, plane, CHANNELS_LAST, INNER, CT)
+    batch_mean, _, scale, shift = channel_values(saved_ptr, weight_ptr, bias_ptr, o_columns, channels, ACC)
+    mean_dy = tl.load(workspace_ptr + o_columns, cache_modifier=".cg")
+    slope = tl.load(workspace_ptr + padded + o_columns, cache_modifier=".cg")
     first = split * items_per_split
     end = tl.minimum(first + items_per_split, items)
     for step in range(0, end - first):
         rows, columns, m_exists, b_dy, b_centered = load_item(
             dy_ptr, x_ptr, bits_ptr, end - 1 - step, tile, batch_mean, scale, shift, outer_size, channels, inner_v,
-            chunks, row_bytes, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
-            ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+            chunks, row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+            ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
         )  # fmt: skip
         if dx_ptr is not None:
             b_dx = scale[None, :] * (b_dy - mean_dy[None, :] - b_centered * slope[None, :])
@@ -176,39 +177,39 @@ def reduce_kernel(
     dy_ptr, x_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
     weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr,  # (channels,), saved (4, channels)
     workspace_ptr, tickets_ptr,  # see above; (channel tiles,)
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, values: tl.float64,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    CT: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, splits)."""
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     reduce_split(
         tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr, outer_size,
-        channels, inner_v, chunks, items, items_per_split, padded, row_bytes, dy_outer_v, dy_channel_v, x_outer_v,
-        x_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS, VECTOR,
+        channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane, dy_outer_v, dy_channel_v,
+        x_outer_v, x_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, GROUP, GROUP_ROWS, VECTOR,
     )  # fmt: skip
     if arrive(tickets_ptr + tile, splits):
         finish_sums(
             tile, splits, saved_ptr, dweight_ptr, dbias_ptr, workspace_ptr, channels, padded, values,
-            ACC, CHANNELS_LAST, INNER, MERGE_ROWS,
+            ACC, CT, MERGE_ROWS,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def apply_kernel(
     dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    VECTOR: tl.constexpr,
+    CT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, splits)."""
     apply_split(
         tl.program_id(0), tl.program_id(1), dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr,
         dresidual_ptr, workspace_ptr, outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
-        dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v,
-        dresidual_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+        plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v,
+        dresidual_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
     )  # fmt: skip
 
 
@@ -216,28 +217,28 @@ def apply_kernel(
 def alone_kernel(
     dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr, dx_ptr, dresidual_ptr,
     workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
     values: tl.float64,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    VECTOR: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    CT: tl.constexpr, VECTOR: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, 1): with one split a program has all of its channels' values and need wait for no other."""
     tile = tl.program_id(0)
     reduce_split(
         tile, 0, 1, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr, outer_size, channels,
-        inner_v, chunks, items, items_per_split, padded, row_bytes, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
-        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS, VECTOR,
+        inner_v, chunks, items, items_per_split, padded, row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v,
+        x_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, GROUP, GROUP_ROWS, VECTOR,
     )  # fmt: skip
     tl.debug_barrier()
     finish_sums(
         tile, 1, saved_ptr, dweight_ptr, dbias_ptr, workspace_ptr, channels, padded, values,
-        ACC, CHANNELS_LAST, INNER, MERGE_ROWS,
+        ACC, CT, MERGE_ROWS,
     )  # fmt: skip
     tl.debug_barrier()
     apply_split(
         tile, 0, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, workspace_ptr,
-        outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, dy_outer_v, dy_channel_v,
-        x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
-        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+        outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane, dy_outer_v,
+        dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
+        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
     )  # fmt: skip

@@ -1,8 +1,15 @@
 """What forward and backward kernels share: finding a tile in memory, merging statistics, activations, packed bits.
 
 Names: ``_ptr`` a pointer argument, ``p_`` a pointer, ``b_`` a block of values, ``o_`` offsets, ``m_`` a mask. Shapes in
-comments: OUTER x INNER is the tile, CT the channels of a channel tile (INNER in channels_last, else 1), ROWS x CT the
-groups of a tile, each of which one thread reduces alone.
+comments: OUTER x INNER is the tile, CT the channels of a channel tile, COLUMNS the columns with a channel of their own
+(INNER, or 1 where all have the same), ROWS x COLUMNS the groups of a tile, each of which one thread reduces alone.
+
+A channel tile is, by CHANNELS_LAST and CT:
+
+    True, INNER: a column is a channel (channels_last)
+    False, 1:    all columns are positions of one channel (contiguous)
+    True, fewer: planes of CT channels lie side by side in a row (contiguous, for accesses of 16 bytes where ``plane``,
+                 the positions of a channel, is no multiple of that); columns after the last plane are empty
 """
 
 import triton
@@ -11,7 +18,7 @@ import triton.language as tl
 # Sizes and strides of every kernel. Nothing is compiled anew for their values: what a kernel must know of them (by how
 # much rows and columns divide) it is told by VECTOR, so that all layers of a kind share one compilation.
 SIZES = (
-    "outer_size", "channels", "inner_v", "chunks", "items", "items_per_split", "padded", "row_bytes",
+    "outer_size", "channels", "inner_v", "chunks", "items", "items_per_split", "padded", "row_bytes", "plane",
     "x_outer_v", "x_channel_v", "y_outer_v", "y_channel_v", "residual_outer_v", "residual_channel_v",
     "dy_outer_v", "dy_channel_v", "dx_outer_v", "dx_channel_v", "dresidual_outer_v", "dresidual_channel_v",
     "hold", "r_ramp", "d_ramp",
@@ -34,18 +41,38 @@ def number(value, ACC: tl.constexpr):
 
 
 @triton.jit
-def channels_of(tile, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr):
-    """(CT,): the channels of a channel tile, some beyond the last."""
-    if CHANNELS_LAST:
-        return tile * INNER + tl.arange(0, INNER)
+def channels_of(columns, tile, plane, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr):
+    """The channels of a tile's columns 0 to INNER - 1, in any shape, or of its only channel; some beyond the last."""
+    if not CHANNELS_LAST:
+        return tile + columns * 0
+    elif CT == INNER:
+        return tile * INNER + columns
     else:
-        return tile + tl.arange(0, 1)
+        return tile * CT + tl.minimum(columns // plane, CT - 1)
+
+
+@triton.jit
+def in_channel(plane, INNER: tl.constexpr, CT: tl.constexpr):
+    """(CT, INNER): which columns belong to which channel where planes lie side by side."""
+    return (tl.arange(0, INNER) // plane)[None, :] == tl.arange(0, CT)[:, None]
+
+
+@triton.jit
+def over_planes(b, plane, INNER: tl.constexpr, CT: tl.constexpr):
+    """(INNER,) summed over the columns of each channel, (CT,)."""
+    return tl.sum(tl.where(in_channel(plane, INNER, CT), b[None, :], 0.0), 1)
+
+
+@triton.jit
+def across_planes(b, plane, INNER: tl.constexpr, CT: tl.constexpr):
+    """(CT,) to the columns of each channel, (INNER,)."""
+    return tl.sum(tl.where(in_channel(plane, INNER, CT), b[:, None], 0.0), 0)
 
 
 @triton.jit
 def locate(
-    item, tile, chunks, outer_size, inner_v, VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, IN_EIGHTS: tl.constexpr = False,
+    item, tile, chunks, outer_size, inner_v, plane, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr, IN_EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
     """Where a work item lies: its rows, in 64 bits, its columns, and which of its elements exist.
 
@@ -57,9 +84,14 @@ def locate(
         rows = rows[:, None]
     else:
         columns = tl.arange(0, INNER)
+    inner_size = inner_v * VECTOR
     if CHANNELS_LAST:
         rows = tl.cast(item, tl.int64) * OUTER + rows
-        columns += tile * INNER
+        if CT == INNER:
+            columns += tile * INNER
+        else:
+            columns += tile * (CT * plane)
+            inner_size = (tile + 1) * (CT * plane)
     else:
         rows = tl.cast(item // chunks, tl.int64) * OUTER + rows
         columns += (item % chunks) * INNER
@@ -67,7 +99,7 @@ def locate(
         rows, columns = rows[:, :, None], columns[None, :, :]
     else:
         rows, columns = rows[:, None], columns[None, :]
-    return rows, columns, (rows < outer_size) & (columns < inner_v * VECTOR)
+    return rows, columns, (rows < outer_size) & (columns < inner_size)
 
 
 @triton.jit

@@ -16,16 +16,19 @@ import triton.language as tl
 from .. import auto_limits
 from .kernels_common import (
     SIZES,
+    across_planes,
     activate,
     arrive,
     bits_pointers,
     channels_of,
+    in_channel,
     in_channels,
     in_groups,
     is_finite,
     locate,
     number,
     offsets,
+    over_planes,
     pack,
     values_of,
 )
@@ -120,12 +123,12 @@ def stream_kernel(
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, clipped_ptr,  # (channels,)
     counter_ptr, limits_ptr, auto_ptr,  # int64; (2,); (5, channels)
     saved_ptr, workspace_ptr, tickets_ptr,  # (4, channels); see above; (channel tiles,)
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
     x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v, hold, r_ramp, d_ramp,
     r_max: tl.float64, d_max: tl.float64, momentum: tl.float64, eps: tl.float64, values: tl.float64,
     ACC: tl.constexpr, CUMULATIVE: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, ALONE: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, splits): statistics, and y where it is predicted not to be clipped.
 
@@ -136,42 +139,44 @@ def stream_kernel(
     large the mean is.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
-    CT: tl.constexpr = INNER if CHANNELS_LAST else 1
-    ROWS: tl.constexpr = OUTER * INNER // GROUP // CT
-    o_channels = channels_of(tile, CHANNELS_LAST, INNER)
-    m_channels = o_channels < channels
+    COLUMNS: tl.constexpr = INNER if CHANNELS_LAST else 1
+    ROWS: tl.constexpr = OUTER * INNER // GROUP // COLUMNS
+    o_columns = channels_of(tl.arange(0, COLUMNS), tile, plane, CHANNELS_LAST, INNER, CT)
+    m_columns = o_columns < channels
 
     speculates = False
-    pivot = tl.zeros([CT], ACC)
-    scale = tl.zeros([CT], ACC)
-    shift = tl.zeros([CT], ACC)
-    predicted = tl.zeros([CT], tl.int32)
+    pivot = tl.zeros([COLUMNS], ACC)
+    scale = tl.zeros([COLUMNS], ACC)
+    shift = tl.zeros([COLUMNS], ACC)
+    predicted = tl.zeros([COLUMNS], tl.int32)
     if running_mean_ptr is not None:
         pivot, scale, shift, predicted = prediction(
             running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
-            channels, o_channels, m_channels, r_max, d_max, hold, r_ramp, d_ramp, eps, ACC,
+            channels, o_columns, m_columns, r_max, d_max, hold, r_ramp, d_ramp, eps, ACC,
         )  # fmt: skip
         speculates = tl.max(predicted, 0) > 0
 
     first = split * items_per_split
     end = tl.minimum(first + items_per_split, items)
     b_next = load_item(
-        x_ptr, first, end, tile, chunks, outer_size, inner_v, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST, OUTER,
-        INNER,
+        x_ptr, first, end, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST,
+        OUTER, INNER, CT,
     )  # fmt: skip
     first_count = values_of(first, chunks, outer_size, inner_v * VECTOR, CHANNELS_LAST, OUTER, INNER)
     origin = in_channels(b_next.to(ACC), CHANNELS_LAST) / first_count.to(ACC)
-    s1 = tl.zeros([ROWS, CT], ACC)
-    s2 = tl.zeros([ROWS, CT], ACC)
+    s1 = tl.zeros([ROWS, COLUMNS], ACC)
+    s2 = tl.zeros([ROWS, COLUMNS], ACC)
     count = tl.full([], 0, tl.int64)
     m_all = tl.full([1, 1], 1, tl.int1)
     for item in range(first, end):
         b_x = b_next.to(ACC)
         b_next = load_item(  # travels while this one is worked on
-            x_ptr, item + 1, end, tile, chunks, outer_size, inner_v, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST,
-            OUTER, INNER,
+            x_ptr, item + 1, end, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR,
+            CHANNELS_LAST, OUTER, INNER, CT,
         )  # fmt: skip
-        rows, columns, m_exists = locate(item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
+        rows, columns, m_exists = locate(
+            item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
+        )  # fmt: skip
         b_centered = tl.where(m_exists, b_x - origin[None, :], 0.0)
         s1 += in_groups(b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
         s2 += in_groups(b_centered * b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
@@ -185,15 +190,20 @@ def stream_kernel(
             )  # fmt: skip
 
     splits = tl.num_programs(1)
-    o_padded = tile * CT + tl.arange(0, CT)
+    o_channels = tile * CT + tl.arange(0, CT)
     s1_total, s2_total = tl.sum(s1, 0), tl.sum(s2, 0)
-    b_count = tl.zeros([CT], ACC) + count.to(ACC)
+    b_count = tl.zeros([COLUMNS], ACC) + count.to(ACC)
     m2 = s2_total - s1_total * (s1_total / b_count)
     m2 = tl.where(m2 < 0.0, 0.0, m2)  # by a rounding; NaN stays
     m2 = tl.where(s2_total < float("inf"), m2, s2_total)  # inf - inf says nothing
-    p_partials = workspace_ptr + 4 * padded + o_padded
+    if COLUMNS == CT:
+        mean = origin + s1_total / b_count
+    else:
+        b_count, mean, m2 = merge_planes(b_count, origin, s1_total / b_count, m2, plane, INNER, CT)
+        predicted = tl.max(tl.where(in_channel(plane, INNER, CT), predicted[None, :], 0), 1)
+    p_partials = workspace_ptr + 4 * padded + o_channels
     tl.store(p_partials + split * padded, b_count)
-    tl.store(p_partials + (splits + split) * padded, origin + s1_total / b_count)
+    tl.store(p_partials + (splits + split) * padded, mean)
     tl.store(p_partials + (2 * splits + split) * padded, m2)
     is_last = True
     if ALONE:
@@ -202,18 +212,18 @@ def stream_kernel(
         is_last = arrive(tickets_ptr + tile, splits)
     if is_last:
         finish(
-            p_partials, splits, padded, predicted, o_channels, m_channels, o_padded, tile,
+            p_partials, splits, padded, predicted, o_channels,
             running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
             saved_ptr, workspace_ptr, channels, r_max, d_max, hold, r_ramp, d_ramp, momentum, eps, values,
-            ACC, CUMULATIVE, CHANNELS_LAST, CT, MERGE_ROWS,
+            ACC, CUMULATIVE, CT, MERGE_ROWS,
         )  # fmt: skip
     if ALONE:
         tl.debug_barrier()
         repair(
             tile, split, x_ptr, residual_ptr, y_ptr, bits_ptr, workspace_ptr,
-            outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+            outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
             x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
-            ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+            ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
         )  # fmt: skip
         if counter_ptr is not None:
             if arrive(tickets_ptr, tl.num_programs(0)):
@@ -222,13 +232,30 @@ def stream_kernel(
 
 @triton.jit
 def load_item(
-    x_ptr, item, end, tile, chunks, outer_size, inner_v, x_outer_v, x_channel_v,
-    VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    x_ptr, item, end, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """X of a work item as it is stored, (OUTER, INNER); 0 where there is none, and from ``end`` on."""
-    rows, columns, m_exists = locate(item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
+    rows, columns, m_exists = locate(
+        item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
+    )  # fmt: skip
     o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
     return tl.load(x_ptr + o_x, mask=m_exists & (item < end), other=0.0)
+
+
+@triton.jit
+def merge_planes(count, origin, shift, m2, plane, INNER: tl.constexpr, CT: tl.constexpr):
+    """Count, mean and squares about it of each channel, (CT,), from those of its columns, (INNER,).
+
+    A column's mean is origin + shift. Sums are taken about the origin of the channel's first column: fewer digits lost.
+    """
+    is_first = tl.arange(0, INNER) % plane == 0
+    about = over_planes(tl.where(is_first, origin, 0.0), plane, INNER, CT)
+    delta = (origin - across_planes(about, plane, INNER, CT)) + shift
+    total = over_planes(count, plane, INNER, CT)
+    mean = over_planes(count * delta, plane, INNER, CT) / total
+    delta -= across_planes(mean, plane, INNER, CT)
+    return total, about + mean, over_planes(m2 + count * delta * delta, plane, INNER, CT)
 
 
 @triton.jit
@@ -237,7 +264,7 @@ def prediction(
     channels, o_channels, m_channels, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp, eps: tl.float64,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """The coefficients of an unclipped channel, (CT,) each, and 1 where a channel is predicted to be one.
+    """The coefficients of an unclipped channel, (COLUMNS,) each, and 1 where a channel is predicted to be one.
 
     Predicted: the limits are open and the channel was not clipped at the last step.
     """
@@ -283,14 +310,14 @@ def write(
 
 @triton.jit
 def finish(
-    p_partials, splits, padded, predicted, o_channels, m_channels, o_padded, tile,
+    p_partials, splits, padded, predicted, o_channels,
     running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
     saved_ptr, workspace_ptr, channels, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp,
     momentum: tl.float64, eps: tl.float64, values: tl.float64,
-    ACC: tl.constexpr, CUMULATIVE: tl.constexpr, CHANNELS_LAST: tl.constexpr, CT: tl.constexpr,
-    MERGE_ROWS: tl.constexpr,
+    ACC: tl.constexpr, CUMULATIVE: tl.constexpr, CT: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The statistics of a channel tile, from all its splits in a fixed order, and all that follows from them."""
+    m_channels = o_channels < channels
     total = tl.zeros([MERGE_ROWS, CT], ACC)
     weighted = tl.zeros([MERGE_ROWS, CT], ACC)
     origin = tl.load(p_partials + splits * padded, cache_modifier=".cg")  # close to the mean: fewer digits lost
@@ -354,7 +381,7 @@ def finish(
         unbiased_var = batch_var * (m_values / (m_values - 1.0))
         new_mean = (running_mean + factor * (batch_mean - running_mean)).to(running_mean_ptr.dtype.element_ty)
         new_var = (running_var + factor * (unbiased_var - running_var)).to(running_var_ptr.dtype.element_ty)
-        m_tells = m_channels & (o_padded * 0 + m_values >= 2.0)  # one value says nothing about a variance
+        m_tells = m_channels & (o_channels * 0 + m_values >= 2.0)  # one value says nothing about a variance
         m_finite = m_tells & finite
         if auto_ptr is not None:
             observe(auto_ptr, channels, o_channels, m_tells, batch_mean, batch_var, running_var, eps, ACC)
@@ -367,19 +394,19 @@ def finish(
     tl.store(saved_ptr + channels + o_channels, 1.0 / batch_std, mask=m_channels)
     tl.store(saved_ptr + 2 * channels + o_channels, r, mask=m_channels)
     tl.store(saved_ptr + 3 * channels + o_channels, d, mask=m_channels)
-    tl.store(workspace_ptr + o_padded, pivot)
-    tl.store(workspace_ptr + padded + o_padded, scale)
-    tl.store(workspace_ptr + 2 * padded + o_padded, shift)
-    tl.store(workspace_ptr + 3 * padded + o_padded, tl.where(m_channels, wrong, 0).to(ACC))
+    tl.store(workspace_ptr + o_channels, pivot)
+    tl.store(workspace_ptr + padded + o_channels, scale)
+    tl.store(workspace_ptr + 2 * padded + o_channels, shift)
+    tl.store(workspace_ptr + 3 * padded + o_channels, tl.where(m_channels, wrong, 0).to(ACC))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def repair_kernel(
     x_ptr, residual_ptr, y_ptr, bits_ptr, counter_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
     x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    OUTER: tl.constexpr, INNER: tl.constexpr, VECTOR: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, splits): y of the channels that the stream kernel left out or wrote wrongly."""
     if counter_ptr is not None:
@@ -387,41 +414,39 @@ def repair_kernel(
             tl.store(counter_ptr, tl.load(counter_ptr) + 1)
     repair(
         tl.program_id(0), tl.program_id(1), x_ptr, residual_ptr, y_ptr, bits_ptr, workspace_ptr,
-        outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+        outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
         x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
-        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, VECTOR,
+        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
     )  # fmt: skip
 
 
 @triton.jit
 def repair(
     tile, split, x_ptr, residual_ptr, y_ptr, bits_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
+    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
     x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    OUTER: tl.constexpr, INNER: tl.constexpr, VECTOR: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Y of one split of a channel tile, of its channels that were left out or written wrongly."""
     # What is repaired is masked in eights: a mask of shape (.., 8, 1) keeps the accesses of the 8 whole
-    if CHANNELS_LAST:
-        o_groups = tile * (INNER // 8) + tl.arange(0, INNER // 8)
-        o_padded = (o_groups * 8)[:, None] + tl.arange(0, 8)[None, :]
-    else:
-        o_groups = tile + tl.arange(0, 1)
-        o_padded = o_groups[:, None]
-    wrong = tl.max(tl.load(workspace_ptr + 3 * padded + o_padded), 1) > 0.0
+    GROUPS: tl.constexpr = INNER // 8 if CHANNELS_LAST else 1
+    WIDTH: tl.constexpr = 8 if CHANNELS_LAST else 1
+    o_groups = (tl.arange(0, GROUPS) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    o_channels = channels_of(o_groups, tile, plane, CHANNELS_LAST, INNER, CT)
+    wrong = tl.max(tl.load(workspace_ptr + 3 * padded + o_channels), 1) > 0.0
     if CHANNELS_LAST:  # whole rows take less time than many pieces of them
         wrong = wrong | (tl.sum(wrong.to(tl.int32), 0) > INNER // 8 // 4)
     if tl.max(wrong.to(tl.int32), 0) > 0:
-        pivot = tl.load(workspace_ptr + o_padded)[None, :, :]
-        scale = tl.load(workspace_ptr + padded + o_padded)[None, :, :]
-        shift = tl.load(workspace_ptr + 2 * padded + o_padded)[None, :, :]
+        pivot = tl.load(workspace_ptr + o_channels)[None, :, :]
+        scale = tl.load(workspace_ptr + padded + o_channels)[None, :, :]
+        shift = tl.load(workspace_ptr + 2 * padded + o_channels)[None, :, :]
         first = split * items_per_split
         end = tl.minimum(first + items_per_split, items)
         for step in range(0, end - first):
             item = end - 1 - step
             rows, columns, m_exists = locate(
-                item, tile, chunks, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER, IN_EIGHTS=True
+                item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT, IN_EIGHTS=True
             )  # fmt: skip
             m_repair = m_exists & wrong[None, :, None]
             o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)

@@ -22,14 +22,12 @@ from .tickets import tickets
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-MAX_COLUMNS = 2**28  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64)
-
 
 def is_fused(
     x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None, auto: bool = False
 ) -> bool:
     """Whether the kernels do this call; what they do not is the reference backend's."""
-    if x.numel() >= MAX_COLUMNS and max(x.shape[1], math.prod(x.shape[2:])) >= MAX_COLUMNS:
+    if x.numel() >= config.MAX_COLUMNS and max(x.shape[1], math.prod(x.shape[2:])) >= config.MAX_COLUMNS:
         return False
     return mask is None and x.numel() > 0 and (residual is None or activation in (None, "relu"))
 
@@ -65,7 +63,7 @@ def forward(
     kept = reference.keeps_bits(residual, activation)
     plan = _plan(
         "forward", shape, source.strides + extra.strides + target.strides, x.dtype, x.device, activation, kept,
-        momentum is None,
+        kept, momentum is None,
     )  # fmt: skip
     launch = plan.launch
 
@@ -107,8 +105,8 @@ def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     source = readable(x, shape)
     y = torch.empty_like(x)
     target = writable(y, shape)
-    strides = source.strides + (0, 0) + target.strides
-    plan = _plan("forward", shape, strides, x.dtype, x.device, activation, False)
+    strides = source.strides + readable(None, shape).strides + target.strides
+    plan = _plan("forward", shape, strides, x.dtype, x.device, activation, False, False)
     workspace = torch.ones(plan.workspace, dtype=coefficients.dtype, device=x.device)
     _coefficients(workspace, plan.launch)[:3, : shape.channels] = coefficients
     with _on_device(x):
@@ -146,7 +144,8 @@ def backward(
     to_x = writable(dx if needs_dx else None, shape)
     to_residual = writable(dresidual if needs_dresidual else None, shape)
     strides = upstream.strides + source.strides + to_x.strides + to_residual.strides
-    plan = _plan("backward", shape, strides, x.dtype, x.device, activation, activation in ("silu", "hardswish"))
+    smooth = activation in ("silu", "hardswish")
+    plan = _plan("backward", shape, strides, x.dtype, x.device, activation, smooth, kept)
     launch, acc = plan.launch, plan.acc
 
     weight, bias, saved, bits = dense(weight), dense(bias), saved.contiguous(), bits.contiguous()
@@ -198,26 +197,27 @@ def _plan(
     device: torch.device,
     activation: str | None,
     many_registers: bool,
+    has_bits: bool,
     cumulative: bool = False,
 ) -> Plan:
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     kernels: ModuleType = kernels_forward if direction == "forward" else kernels_backward
     launch = config.launch_for(
-        direction, shape, dtype.itemsize, strides, config.multiprocessors_of(device), many_registers
+        direction, shape, dtype.itemsize, strides, config.multiprocessors_of(device), many_registers, has_bits
     )  # fmt: skip
     geometry = (
-        shape.outer, shape.channels, shape.inner // launch.vector, launch.chunks, launch.items, launch.items_per_split,
-        launch.padded_channels, (shape.inner + 7) // 8,
+        shape.outer, shape.channels, launch.row // launch.vector, launch.chunks, launch.items, launch.items_per_split,
+        launch.padded_channels, (shape.inner + 7) // 8, launch.plane,
     )  # fmt: skip
     tile = {
         "ACC": _ACC[acc], "ACTIVATION": ACTIVATION_CODES[activation], "CHANNELS_LAST": launch.channels_last,
-        "OUTER": launch.outer, "INNER": launch.inner, "VECTOR": launch.vector,
+        "OUTER": launch.outer, "INNER": launch.inner, "CT": launch.tile_channels, "VECTOR": launch.vector,
         "num_warps": launch.num_warps, "maxnreg": launch.max_registers,
     }  # fmt: skip
     sums = {"GROUP": launch.group, "GROUP_ROWS": launch.group_rows, "MERGE_ROWS": launch.merge_rows(acc.itemsize)}
     if direction == "forward":
         sums |= {"CUMULATIVE": cumulative, "ALONE": launch.alone}
-    values = shape.outer * (1 if launch.channels_last else shape.inner)
+    values = shape.outer * (1 if shape.channels_last else shape.inner)
     rows = kernels.COEFFICIENT_ROWS + kernels.PARTIAL_ROWS * launch.splits
     return Plan(
         launch, acc, (*geometry, *(stride // launch.vector for stride in strides)), Constants(**tile, **sums),
