@@ -78,7 +78,7 @@ def _ran(rows: pd.DataFrame) -> str:
 
 
 def differences(rows: dict[str, pd.DataFrame]) -> dict[str, dict[str, Interval]]:
-    """Of every condition that ends in an accuracy and has BN, 0.1: each candidate less it; of BN itself its accuracy."""
+    """Of every condition that ends in an accuracy and has BN, 0.1: each candidate less that; of BN its accuracy."""
     found: dict[str, dict[str, Interval]] = {}
     for letter, table in rows.items():
         for measure in ACCURACIES:

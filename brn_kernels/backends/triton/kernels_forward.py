@@ -181,10 +181,12 @@ def stream_kernel(
         s1 += in_groups(b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
         s2 += in_groups(b_centered * b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
         count += values_of(item, chunks, outer_size, inner_v * VECTOR, CHANNELS_LAST, OUTER, INNER)
+        b_z = tl.fma(
+            b_x - pivot[None, :], scale[None, :], shift[None, :]
+        )  # out here: no exchange of coefficients within
         if speculates:
             write(
-                b_x, pivot[None, :], scale[None, :], shift[None, :], rows, columns, m_exists, m_all, item, tile,
-                residual_ptr, y_ptr, bits_ptr,
+                b_z, rows, columns, m_exists, m_all, item, tile, residual_ptr, y_ptr, bits_ptr,
                 chunks, outer_size, channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
                 ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
             )  # fmt: skip
@@ -283,17 +285,16 @@ def prediction(
 
 @triton.jit
 def write(
-    b_x, pivot, scale, shift, rows, columns, m_write, m_groups, item, tile, residual_ptr, y_ptr, bits_ptr, chunks,
+    b_z, rows, columns, m_write, m_groups, item, tile, residual_ptr, y_ptr, bits_ptr, chunks,
     outer_size, channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
     ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
     """Write y of one work item where ``m_write``, and its packed bits where ``m_groups``, (1, INNER / 8 or 1).
 
-    The one way in which any pass computes y, so that its bits do not depend on the pass. A work item is
-    (OUTER, INNER) or (OUTER, INNER / 8, 8), and the coefficients have a shape that broadcasts to it.
+    The one way in which any pass computes y, with ``b_z = fma(x - pivot, scale, shift)``: its bits do not depend on the
+    pass. A work item is (OUTER, INNER) or (OUTER, INNER / 8, 8).
     """
-    b_z = tl.fma(b_x - pivot, scale, shift)
     if residual_ptr is not None:
         o_residual = offsets(rows, columns, tile, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST)
         b_z += tl.load(residual_ptr + o_residual, mask=m_write, other=0.0).to(b_z.dtype)
@@ -452,7 +453,7 @@ def repair(
             o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
             b_x = tl.load(x_ptr + o_x, mask=m_repair, other=0.0).to(ACC)
             write(
-                b_x, pivot, scale, shift, rows, columns, m_repair, wrong[None, :], item, tile, residual_ptr, y_ptr,
-                bits_ptr, chunks, outer_size, channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v,
-                y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
+                tl.fma(b_x - pivot, scale, shift), rows, columns, m_repair, wrong[None, :], item, tile, residual_ptr,
+                y_ptr, bits_ptr, chunks, outer_size, channels, row_bytes, residual_outer_v, residual_channel_v,
+                y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
             )  # fmt: skip
