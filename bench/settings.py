@@ -34,7 +34,7 @@ CANDIDATES = (
     (4, 4, 2), (4, 4, 3), (4, 4, 4), (4, 2, 4), (4, 2, 5), (4, 2, 6), (4, 1, 8), (8, 2, 2), (8, 2, 3), (8, 4, 1),
     (8, 1, 4),
 )  # fmt: skip
-SHAPES = ((256, 64, 112, 112), (256, 256, 56, 56), (256, 512, 28, 28), (256, 1024, 14, 14))
+SHAPES = ((256, 64, 112, 112), (256, 256, 56, 56), (256, 512, 28, 28), (256, 1024, 14, 14), (256, 2048, 7, 7))
 KINDS = (("channels_last", "bfloat16"), ("contiguous", "float32"))
 OTHER_KINDS = (("channels_last", "float32"), ("contiguous", "bfloat16"))
 
@@ -53,7 +53,8 @@ class Trial:
     def chosen(self) -> Iterator[None]:
         """Its settings in the place of the library's."""
         before = dict(config.SETTINGS)
-        config.SETTINGS[self.direction, self.layout == "channels_last"] = self.settings
+        for rows_of_channels in (True, False):  # planes side by side have the first, though they are contiguous
+            config.SETTINGS[self.direction, rows_of_channels] = self.settings
         _forget()
         try:
             yield
