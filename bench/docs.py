@@ -33,8 +33,9 @@ read x and dy twice, cannot exceed 60 %. On CPUs more than 100 % is possible: a 
 system to clear its pages, and large results of ours ask for huge ones. The states of the limits are compared with
 open ones in the same turns. Running statistics are at the data's and do not move (momentum 0), so that the share of
 clipped channels is what the table says; clipped channels are spread evenly. "Open": the limits are open and nothing
-is clipped; "closed": the phase of the schedule that is BatchNorm. "Both" is a forward and a backward through
-autograd. "Kept" is what a forward keeps for its backward, counted by saved-tensor hooks, parameters left out.
+is clipped; "closed": the phase of the schedule that is BatchNorm. Each run is of the commit it names: what has
+changed since is not in its figures. "Both" is a forward and a backward through autograd. "Kept" is what a forward
+keeps for its backward, counted by saved-tensor hooks, parameters left out.
 
 **Peers.** `nn.BatchNorm*d` by the kernels that PyTorch chooses (named in brackets), with separate addition and
 activation; the same compiled; Batch Renormalization written in PyTorch (float32 inside), eager and compiled; the same

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, library, nn
 
 TABLE = Path(__file__).with_suffix(".csv")
 _operators = []  # defined for torchvision; they go when their library object goes
@@ -47,11 +47,11 @@ def import_torchvision() -> ModuleType:
     for name in list(sys.modules):  # what the first attempt left half imported
         if name.partition(".")[0] == "torchvision":
             del sys.modules[name]
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    _operators.append(library)
+    operators = library.Library("torchvision", "FRAGMENT")
+    _operators.append(operators)
     for name in ("nms", "qnms"):  # its import wants their schemas
         with contextlib.suppress(RuntimeError):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision
 
     return torchvision

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .advise_state import untouched
-from .modules import BatchRenorm
-from .schedule import ClipSchedule
+from .modules import BatchRenorm, closed_limits
 
 INPUT_NAMES = ("x", "input", "inputs", "image", "images", "pixel_values", "data")
 
@@ -70,7 +69,9 @@ def collect(
         raise ValueError("the model has no BatchNorm or Batch Renormalization layer")
     collected = Collected()
     run = _call if forward is None else forward
-    with untouched(model), torch.no_grad():
+    # With open limits later layers would see our layers' running statistics move, as a trend.
+    ours = [layer for layer in layers.values() if isinstance(layer, BatchRenorm)]
+    with untouched(model), closed_limits(ours), torch.no_grad():
         try:
             iterator = iter(batches)  # in here, since a data loader draws its seed from torch's generator now
         except TypeError:
@@ -79,8 +80,6 @@ def collect(
             raise ValueError(f"batches must be an iterable of inputs, got {type(batches).__name__}") from None
         model.train()
         for name, layer in layers.items():
-            if isinstance(layer, BatchRenorm):  # else later layers would see its running statistics move as a trend
-                layer._schedule = ClipSchedule.batchnorm()
             layer.register_forward_pre_hook(_watch(name, collected), with_kwargs=True)
         for batch in itertools.islice(iterator, max_batches):
             seen = {name: len(observations) for name, observations in collected.layers.items()}

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 PARTS = (("noise", "sampling", "#56B4E9"), ("excess", "composition", "#D55E00"), ("drift", "trend", "#009E73"))
 
 
+def check_format(path: str | Path) -> None:
+    """Raise ValueError if matplotlib writes no files of this kind."""
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind and kind not in kinds:
+        raise ValueError(f"no figure can be written to {str(path)!r}: its name must end in one of .{', .'.join(kinds)}")
+
+
 def draw(advice: Advice, path: str | Path) -> None:
     """Per layer, what the mean square of d is made of: sampling, composition, trend; and d itself as measured."""
     names = [layer.layer for layer in advice.layers]

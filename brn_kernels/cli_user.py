@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-FIGURES = (".png", ".svg", ".pdf")
 
 
 class UserError(Exception):
@@ -31,7 +30,7 @@ def add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--batches", type=int, default=48, help="how many are run (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="of your training: for the schedule")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--figure", metavar="FILE", help=f"draw the layers into this file ({', '.join(FIGURES)})")
+    parser.add_argument("--figure", metavar="FILE", help="draw the layers into this file (.png, .svg, .pdf)")
     parser.set_defaults(run=_advise)
 
 
@@ -85,10 +84,10 @@ def _advise(arguments: argparse.Namespace) -> int:
     from .advise import advise
 
     try:
-        if arguments.figure and Path(arguments.figure).suffix not in FIGURES:
-            raise UserError(f"--figure must end in {', '.join(FIGURES)}, got {arguments.figure!r}")
+        if arguments.figure:
+            _check_figure(arguments.figure)
         function = load(arguments.function)
-    except UserError as error:
+    except (UserError, ValueError) as error:
         return _refuse("advise", error)
     returned = function()
     try:
@@ -112,6 +111,14 @@ def _advise(arguments: argparse.Namespace) -> int:
         print("brn advise --figure needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_figure(path: str) -> None:
+    """Before anything is measured; that matplotlib is missing is said afterwards, when the report is printed."""
+    with contextlib.suppress(ModuleNotFoundError):
+        from .advise_figure import check_format
+
+        check_format(path)
 
 
 def _tune(arguments: argparse.Namespace) -> int:

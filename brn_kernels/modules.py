@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -304,3 +305,16 @@ class BatchRenorm3d(BatchRenorm):
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() != 5:
             raise ValueError(f"expected 5D input (got {x.dim()}D input)")
+
+
+@contextlib.contextmanager
+def closed_limits(layers: Iterable[BatchRenorm]) -> Iterator[None]:
+    """The layers normalize by batch statistics alone, as BatchNorm does; their schedules and states are kept."""
+    schedules = {layer: layer.schedule for layer in layers}
+    try:
+        for layer in schedules:
+            layer._schedule = ClipSchedule.batchnorm()  # not the property: ``auto_state`` must stay the same tensor
+        yield
+    finally:
+        for layer, schedule in schedules.items():
+            layer._schedule = schedule

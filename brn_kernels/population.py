@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from .modules import BatchRenorm
-from .schedule import ClipSchedule
+from .modules import BatchRenorm, closed_limits
 
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ def update_stats(model: nn.Module, loader: Iterable[Any], device: torch.device |
     if not layers:
         return
     training = {module: module.training for module in model.modules()}
-    schedules = {layer: layer.schedule for layer in layers if isinstance(layer, BatchRenorm)}
+    ours = [layer for layer in layers if isinstance(layer, BatchRenorm)]
     momenta = [layer.momentum for layer in layers]
     statistics = [_copy(layer) for layer in layers]
     batches, complete = 0, False
@@ -45,26 +44,23 @@ def update_stats(model: nn.Module, loader: Iterable[Any], device: torch.device |
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None
-        for layer in schedules:
-            layer._schedule = ClipSchedule.batchnorm()  # not the property: ``auto_state`` must stay the same tensor
         model.train()
-        for batch in loader:
-            x = batch[0] if isinstance(batch, (list, tuple)) else batch
-            model(x if device is None else x.to(device))
-            batches += 1
+        with closed_limits(ours):
+            for batch in loader:
+                x = batch[0] if isinstance(batch, (list, tuple)) else batch
+                model(x if device is None else x.to(device))
+                batches += 1
         if batches == 0:
             raise ValueError("loader yielded no batch: the statistics are as they were")
         complete = True
     finally:
         for module, flag in training.items():
             module.training = flag
-        for layer, schedule in schedules.items():
-            layer._schedule = schedule
         for layer, momentum, before in zip(layers, momenta, statistics, strict=True):
             layer.momentum = momentum
             if not complete:
                 _restore(layer, before)
-            elif layer in schedules:
+            elif isinstance(layer, BatchRenorm):
                 _restore(layer, {name: before[name] for name in _KEPT if name in before})
 
 

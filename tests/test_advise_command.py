@@ -37,6 +37,8 @@ def user_module(tmp_path, monkeypatch):
 def test_command(user_module, capsys):
     assert cli.main(["advise", "advised_user:good", "--figure", "figures/a.png"]) == 0
     assert "Use BatchNorm" in capsys.readouterr().out and (user_module / "figures" / "a.png").exists()
+    assert cli.main(["advise", "advised_user:good", "--figure", "figures/b.JPG"]) == 0, "what else matplotlib writes"
+    capsys.readouterr()
     assert cli.main(["advise", "advised_user:tiny", "--json", "--steps", "500"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["choice"] == "Batch Renormalization" and "hold=16" in found["code"]
@@ -72,7 +74,7 @@ def test_command_says_what_it_found_even_if_the_figure_cannot_be_written(user_mo
 def test_command_refuses_a_kind_of_figure_before_it_measures(user_module, capsys):
     assert cli.main(["advise", "advised_user:good", "--figure", "a.nonsense"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and "must end in .png, .svg, .pdf" in err and err.count("\n") == 1
+    assert out == "" and "must end in one of ." in err and ".png" in err and err.count("\n") == 1
 
 
 def test_command_shows_the_users_own_error(user_module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -261,7 +261,7 @@ def test_the_operator_declares_what_it_updates(device):
         layer.running_mean, layer.running_var, layer.num_batches_tracked, layer.clipped, None, list(AUTO.numbers), 0.1,
         1e-5, None, "reference", False, None, None, layer.auto_state,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.brn_kernels.forward.default, arguments)
+    library.opcheck(torch.ops.brn_kernels.forward.default, arguments)
 
 
 @pytest.mark.parametrize("fault", ["rows", "channels", "dtype", "device"])

@@ -1,7 +1,6 @@
 """The build of the C++ and CUDA libraries. Stand-ins for csrc take a tenth of a second each to compile."""
 
 import ctypes
-import importlib.metadata
 import json
 import os
 import platform
@@ -10,35 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from build_tools import CHECKOUT, STAND_INS, needs_compiler, needs_nvcc, output, write
 
 from brn_kernels import cli
-from brn_kernels.build import BuildError, build, cache_directory, find, packaged_directory, place, recipe, tools
-
-CHECKOUT = Path(__file__).parents[1]
-STAND_INS = {
-    "arguments.h": "#define ANSWER 42\n",
-    "ops.cpp": '#include "arguments.h"\n'
-    'extern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }\n',
-    "cpu/kernels.cpp": "#define NAME(isa) name_##isa\n#define OF(isa) NAME(isa)\nint OF(BRN_ISA)() { return 1; }\n",
-    "cpu/dispatch.cpp": "int name_baseline();\nint used() { return name_baseline(); }\n",
-    "cuda/kernels.cu": "__global__ void kernel(int* x) { *x = 1; }\nvoid launch(int* x) { kernel<<<1, 1>>>(x); }\n",
-}
-
-
-def missing_tools(cuda=False):
-    try:
-        tools.gather(cuda=cuda)
-    except BuildError as error:
-        return str(error)
-
-
-needs_compiler = pytest.mark.skipif(missing_tools() is not None, reason=f"nothing to compile with: {missing_tools()}")
-needs_nvcc = pytest.mark.skipif(missing_tools(True) is not None, reason=f"no CUDA compiled here: {missing_tools(True)}")
+from brn_kernels.build import BuildError, build, cache_directory, find, packaged_directory, recipe, tools
 
 
 @pytest.fixture
@@ -49,12 +27,6 @@ def csrc(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "PACKAGE", checkout / "brn_kernels")
     monkeypatch.setenv("BRN_KERNELS_CACHE", str(checkout / "the cache"))
     return checkout / "csrc"
-
-
-def write(folder, files):
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
 
 
 def answer(path):
@@ -195,10 +167,6 @@ def test_sanitized_libraries_are_kept_apart(csrc):
     assert find(sanitize=True).cpu == sanitized.cpu and find().cpu == plain.cpu != sanitized.cpu
     with pytest.raises(BuildError, match="for the CPU"):
         build(sanitize=True, cuda=True)
-
-
-def output(*command):
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 BUILDER = """
@@ -382,36 +350,6 @@ def test_both_libraries_are_built_and_found(csrc):
         build(architectures=["999"])
 
 
-@needs_nvcc
-def test_the_cuda_sources_compile(tmp_path):
-    kit = tools.gather(cuda=True)
-    manifest = recipe.manifest("cuda", ["90"], False, kit)
-    assert place.ensure(tmp_path, [manifest], kit, say=print) == ("cuda",)
-
-
-@needs_compiler
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has more than one instruction set")
-@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-def test_kernels_of_an_instruction_set_define_nothing_the_linker_could_merge(tmp_path):
-    """Of weak symbols it keeps one, and the baseline would then run a function compiled for AVX."""
-    csrc, kit = recipe.sources(), tools.gather(cuda=False)
-    compilations = recipe.compilations("cpu", csrc, [], False)
-    commands = recipe.commands("cpu", csrc, [], False, kit)
-    running = {}
-    for each in compilations:
-        if "-DBRN_ISA=avx2" in each.flags:
-            path = tmp_path / Path(each.object).name
-            quickly = ["-O1" if flag == "-O3" else flag for flag in commands[each.object]]
-            command = [*quickly, "-c", str(csrc / each.source), "-o", str(path)]
-            running[path] = subprocess.Popen(command)
-    assert running, "no kernels"
-    for path, process in running.items():
-        assert process.wait() == 0
-        symbols = [line.split() for line in output("nm", "--defined-only", str(path)).splitlines()]
-        mergeable = [name for _, kind, name in symbols if kind in "VvWwu" and name != "DW.ref.__gxx_personality_v0"]
-        assert symbols and not mergeable, mergeable  # but for a pointer, the same in all
-
-
 @needs_compiler
 def test_the_command_builds(csrc, capsys):
     assert cli.main(["build", "--no-cuda", "--in-place"]) == 0
@@ -429,37 +367,3 @@ def test_the_command_fails_with_the_compilers_message(csrc, capsys):
     said = capsys.readouterr()
     assert "brn build: the native backend does not compile:" in said.err and "the_message_of_the_compiler" in said.err
     assert not said.out
-
-
-def setuptools_is_too_old():
-    try:
-        return int(importlib.metadata.version("setuptools").partition(".")[0]) < 77
-    except importlib.metadata.PackageNotFoundError:
-        return True
-
-
-@needs_compiler
-@pytest.mark.skipif(setuptools_is_too_old(), reason="setuptools 77 or later is not installed")
-@pytest.mark.parametrize("libraries", [False, True], ids=["pure", "with libraries"])
-def test_wheels_carry_csrc_and_the_libraries_if_asked(tmp_path, libraries):
-    ours = shutil.ignore_patterns("_native", "__pycache__")
-    shutil.copytree(CHECKOUT / "brn_kernels", tmp_path / "brn_kernels", ignore=ours)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(CHECKOUT / name, tmp_path)
-    write(tmp_path / "csrc", STAND_INS)
-    for folder in ("brn_kernels", "build/lib/brn_kernels"):
-        write(tmp_path / folder / "_native", {"brn_kernels_cpu-0.so": "of the checkout, or of an earlier build"})
-    command = "import setuptools.build_meta as meta; print(meta.build_wheel('dist'))"
-    asked_for = {"BRN_BUILD_NATIVE": "1" if libraries else "0", "BRN_KERNELS_CACHE": str(tmp_path / "none")}
-    environment = os.environ | asked_for
-    run = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {f"brn_kernels/csrc/{name}" for name in STAND_INS} <= set(names)
-    native = sorted(Path(name).suffix for name in names if "_native" in name)
-    if libraries:
-        assert wheel.stem.rpartition("-none-")[0].endswith("-py3") and "any" not in wheel.stem
-        assert native == [".json", ".so"] and "brn_kernels/_native/brn_kernels_cpu-0.so" not in names
-    else:
-        assert wheel.stem.endswith("-py3-none-any") and native == []

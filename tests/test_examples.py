@@ -27,11 +27,11 @@ import contextlib
 try:
     import torchvision
 except (ImportError, RuntimeError):
-    import torch
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    from torch import library
+    operators = library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         with contextlib.suppress(RuntimeError):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
 
 

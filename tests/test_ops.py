@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -46,12 +47,12 @@ def test_opcheck(backend, device, case, channels_last):
     arguments = forward_arguments(device=device, **case)
     if channels_last and len(case["shape"]) == 4:
         arguments[0] = arguments[0].to(memory_format=torch.channels_last)
-    torch.library.opcheck(ops.forward, arguments)
+    library.opcheck(ops.forward, arguments)
     y, saved, bits = ops.forward(*arguments)
     x, residual, mask, weight, bias = arguments[:5]
     activation = arguments[13]
     for needs_dx in (True, False):
-        torch.library.opcheck(
+        library.opcheck(
             ops.backward,
             [
                 torch.randn_like(y),
@@ -77,7 +78,7 @@ def test_coefficients_are_filled_and_give_the_same_output(backend, device, activ
     arguments = forward_arguments((2, 9, 3, 4), device, full=True, activation=activation)
     arguments[1] = None  # the residual
     coefficients = torch.empty(3, 9, device=device)
-    torch.library.opcheck(ops.forward, [*arguments, None, coefficients])
+    library.opcheck(ops.forward, [*arguments, None, coefficients])
     y, _, _ = ops.forward(*arguments, None, coefficients)
     kernels = brn.backends.resolve(backend, device.type)
     assert torch.equal(kernels.apply(arguments[0], coefficients, activation), y)

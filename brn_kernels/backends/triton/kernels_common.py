@@ -52,7 +52,7 @@ def channels_of(columns, tile, plane, CHANNELS_LAST: tl.constexpr, INNER: tl.con
 
 
 @triton.jit
-def in_channel(plane, INNER: tl.constexpr, CT: tl.constexpr):
+def belongs(plane, INNER: tl.constexpr, CT: tl.constexpr):
     """(CT, INNER): which columns belong to which channel where planes lie side by side."""
     return (tl.arange(0, INNER) // plane)[None, :] == tl.arange(0, CT)[:, None]
 
@@ -60,13 +60,13 @@ def in_channel(plane, INNER: tl.constexpr, CT: tl.constexpr):
 @triton.jit
 def over_planes(b, plane, INNER: tl.constexpr, CT: tl.constexpr):
     """(INNER,) summed over the columns of each channel, (CT,)."""
-    return tl.sum(tl.where(in_channel(plane, INNER, CT), b[None, :], 0.0), 1)
+    return tl.sum(tl.where(belongs(plane, INNER, CT), b[None, :], 0.0), 1)
 
 
 @triton.jit
 def across_planes(b, plane, INNER: tl.constexpr, CT: tl.constexpr):
     """(CT,) to the columns of each channel, (INNER,)."""
-    return tl.sum(tl.where(in_channel(plane, INNER, CT), b[:, None], 0.0), 0)
+    return tl.sum(tl.where(belongs(plane, INNER, CT), b[:, None], 0.0), 0)
 
 
 @triton.jit

@@ -63,7 +63,7 @@ def forward(
     kept = reference.keeps_bits(residual, activation)
     plan = _plan(
         "forward", shape, source.strides + extra.strides + target.strides, x.dtype, x.device, activation, kept,
-        kept, momentum is None,
+        momentum is None,
     )  # fmt: skip
     launch = plan.launch
 
@@ -106,7 +106,7 @@ def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     y = torch.empty_like(x)
     target = writable(y, shape)
     strides = source.strides + readable(None, shape).strides + target.strides
-    plan = _plan("forward", shape, strides, x.dtype, x.device, activation, False, False)
+    plan = _plan("forward", shape, strides, x.dtype, x.device, activation, False)
     workspace = torch.ones(plan.workspace, dtype=coefficients.dtype, device=x.device)
     _coefficients(workspace, plan.launch)[:3, : shape.channels] = coefficients
     with _on_device(x):
@@ -144,8 +144,7 @@ def backward(
     to_x = writable(dx if needs_dx else None, shape)
     to_residual = writable(dresidual if needs_dresidual else None, shape)
     strides = upstream.strides + source.strides + to_x.strides + to_residual.strides
-    smooth = activation in ("silu", "hardswish")
-    plan = _plan("backward", shape, strides, x.dtype, x.device, activation, smooth, kept)
+    plan = _plan("backward", shape, strides, x.dtype, x.device, activation, kept)
     launch, acc = plan.launch, plan.acc
 
     weight, bias, saved, bits = dense(weight), dense(bias), saved.contiguous(), bits.contiguous()
@@ -196,12 +195,12 @@ def _plan(
     dtype: torch.dtype,
     device: torch.device,
     activation: str | None,
-    many_registers: bool,
     has_bits: bool,
     cumulative: bool = False,
 ) -> Plan:
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     kernels: ModuleType = kernels_forward if direction == "forward" else kernels_backward
+    many_registers = has_bits if direction == "forward" else activation in ("silu", "hardswish")
     launch = config.launch_for(
         direction, shape, dtype.itemsize, strides, config.multiprocessors_of(device), many_registers, has_bits
     )  # fmt: skip

@@ -26,30 +26,26 @@ def tickets(device: torch.device, count: int) -> Tensor:
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        with _taking:
-            reserve = _reserves.get(device)
-            if reserve is not None and reserve.numel() >= count:
-                _reserves[device] = reserve[(count + 3) // 4 * 4 :]  # 16-byte aligned
-                return reserve[:count]
+    with _taking:
+        if torch.cuda.is_current_stream_capturing():
+            return _of_reserve(device, count)
+        key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+        counters = _counters.get(key)
+        if counters is None or counters.numel() < count:
+            if counters is not None:
+                _outgrown.append(counters)
+            counters = _counters[key] = _lasting_zeros(device, max(count, 4096))
+            if device not in _reserves:
+                _reserves[device] = _lasting_zeros(device, RESERVED)
+        return counters
+
+
+def _of_reserve(device: torch.device, count: int) -> Tensor:
+    reserve = _reserves.get(device)
+    if reserve is None or reserve.numel() < count:
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
-    counters = _counters.get(key)
-    if counters is None or counters.numel() < count:
-        with _taking:
-            counters = _more_counters(key, device, count)
-    return counters
-
-
-def _more_counters(key: tuple[int | None, int], device: torch.device, count: int) -> Tensor:
-    counters = _counters.get(key)
-    if counters is None or counters.numel() < count:
-        if counters is not None:
-            _outgrown.append(counters)
-        counters = _counters[key] = _lasting_zeros(device, max(count, 4096))
-        if device not in _reserves:
-            _reserves[device] = _lasting_zeros(device, RESERVED)
-    return counters
+    _reserves[device] = reserve[(count + 3) // 4 * 4 :]  # 16-byte aligned
+    return reserve[:count]
 
 
 def _lasting_zeros(device: torch.device, count: int) -> Tensor:
