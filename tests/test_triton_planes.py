@@ -34,11 +34,27 @@ def test_planes_side_by_side(request, device, shape, dtype, activation, residual
     assert_same(run(kernels, arguments | {"schedule": CLOSED}), run(reference, arguments | {"schedule": CLOSED}))
 
 
-@pytest.mark.parametrize("what", ["planes apart", "rows not aligned", "expanded", "gradient expanded", "few channels"])
+@pytest.mark.parametrize(
+    "channels, strides, has_bits",
+    [(8, (120, 15), True), (6, (96, 15), False), (8, (120, 30), False), (8, (121, 15), False), (8, (0, 0), False)],
+    ids=["packed bits", "channels left over", "planes apart", "rows not aligned", "expanded"],
+)
+def test_which_planes_do_not_lie_side_by_side(channels, strides, has_bits):
+    planes, fitting = layout.Layout(False, 6, channels, 15), (120, 15)
+    chosen = config.launch_for("forward", planes, 4, (*fitting, *strides), 132, has_bits=has_bits)
+    assert not chosen.channels_last and chosen.tile_channels == 1
+    assert config.launch_for("forward", planes._replace(channels=8), 4, (*fitting, *fitting), 132).tile_channels == 4
+
+
+@pytest.mark.parametrize(
+    "what", ["packed bits", "planes apart", "rows not aligned", "expanded", "gradient expanded", "few channels"]
+)
 def test_planes_that_cannot_lie_side_by_side(device, what):
     arguments = call(device, (6, 8, 5, 3), torch.float32, False)
     x, dy = arguments["x"], torch.randn(6, 8, 5, 3, device=device)
-    if what == "planes apart":
+    if what == "packed bits":
+        arguments = call(device, (6, 8, 5, 3), torch.float32, False, residual=True, activation="relu")
+    elif what == "planes apart":
         arguments["x"] = torch.stack([x, x], 2)[:, :, 0]
     elif what == "rows not aligned":
         arguments["x"] = torch.nn.functional.pad(x.flatten(1), (0, 1))[:, :-1].unflatten(1, x.shape[1:])
