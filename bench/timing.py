@@ -19,6 +19,7 @@ import torch
 MAX_ROUNDS, MIN_ROUNDS = 60, 5
 HOST_CALLS = 200
 HEAD_START = 3_000_000  # cycles, some 2 ms
+MAX_HEAD_START = 16 * HEAD_START
 OWN_CACHES = 2**22  # bytes; more than a core's first and second level hold
 
 
@@ -36,25 +37,28 @@ class Times:
         return cls(1e6 * tenths[1], 1e6 * tenths[4], 1e6 * tenths[7])
 
 
-def time_together(calls: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, Times]:
+def time_together(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, *, host_counts: bool = False
+) -> dict[str, Times]:
     """Time the calls in turns, for about so many seconds in all.
 
     Args:
         calls: what to time; each is called several times before.
         device: where they run.
         seconds: spent in all; at least ``MIN_ROUNDS`` rounds are made, at most ``MAX_ROUNDS``.
+        host_counts: a GPU that waits for the host is part of what is measured, as of a whole network.
     """
     for call in calls.values():
         call()
     flush = _flusher(device)
-    stopwatch = _seconds_on_gpu if device.type == "cuda" else _seconds_on_cpu
     found: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle  # nobody always follows the same one
+    stopwatches = {name: _GpuStopwatch(host_counts) if device.type == "cuda" else _seconds_on_cpu for name in calls}
     started = time.perf_counter()
     for done in range(MAX_ROUNDS + 1):
         shuffle(order)
         for name in order:
-            elapsed = stopwatch(calls[name], flush)
+            elapsed = stopwatches[name](calls[name], flush)
             if done > 0:  # the first round warms up
                 found[name].append(elapsed)
         if done >= MIN_ROUNDS and time.perf_counter() - started > seconds:
@@ -137,16 +141,34 @@ def _seconds_on_cpu(call: Callable[[], Any], flush: Callable[[], Any]) -> float:
     return elapsed
 
 
-def _seconds_on_gpu(call: Callable[[], Any], flush: Callable[[], Any]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush()
-    torch.cuda._sleep(HEAD_START)  # as in training, the host gets ahead: else its time would be measured
-    start.record()
-    result = call()
-    end.record()
-    end.synchronize()
-    del result
-    return start.elapsed_time(end) / 1e3
+class _GpuStopwatch:
+    """Seconds between two CUDA events. The host gets a head start: as in training, its time does not count.
+
+    If the GPU has caught up before all is queued, the time between the events holds some of the host's, and it is
+    measured again with twice the head start; unless that is long already, because the call waits for the GPU itself.
+
+    Args:
+        host_counts: take every time as it is.
+    """
+
+    def __init__(self, host_counts: bool) -> None:
+        self.host_counts = host_counts
+        self.head_start = HEAD_START
+
+    def __call__(self, call: Callable[[], Any], flush: Callable[[], Any]) -> float:
+        while True:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush()
+            torch.cuda._sleep(self.head_start)
+            start.record()
+            result = call()
+            end.record()
+            caught_up = start.query()
+            end.synchronize()
+            del result
+            if self.host_counts or not caught_up or self.head_start >= MAX_HEAD_START:
+                return start.elapsed_time(end) / 1e3
+            self.head_start *= 2
 
 
 def _flusher(device: torch.device) -> Callable[[], Any]:

@@ -80,11 +80,11 @@ def measure(case: Training, device: torch.device, *, seconds: float) -> list[dic
     kept = {} if case.mode == "compiled" else {name: call.kept_bytes() for name, call in calls.items()}
     times = {}
     if case.mode != "graph":
-        times = time_together(calls, device, seconds * len(calls)) if calls else {}
+        times = time_together(calls, device, seconds * len(calls), host_counts=True) if calls else {}
     for name in calls if case.mode == "graph" else ():  # one after the other: each graph keeps its own memory
         try:
             replay = captured(lambda name=name: calls[name])
-            times |= time_together({name: replay}, device, seconds)
+            times |= time_together({name: replay}, device, seconds, host_counts=True)
             del replay
         except Exception as error:
             torch.cuda.synchronize()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -252,6 +253,61 @@ def test_turns_are_shuffled_and_everybody_has_as_many():
     turns = ["".join(order[i : i + 3]) for i in range(3, len(order), 3)]  # after a first call of each
     assert len(turns) == timing.MIN_ROUNDS + 1 and all(sorted(turn) == list("abc") for turn in turns)
     assert len(set(turns)) > 1
+
+
+class GpuOfPaper:
+    """A GPU that works through a queue, and a host with a clock of its own; microseconds, and a cycle is one."""
+
+    def __init__(self):
+        self.host = self.gpu = 0
+
+    def queue(self, gpu_us, host_us):
+        self.host += host_us
+        self.gpu = max(self.gpu, self.host) + gpu_us
+
+    def event(self, enable_timing):
+        event, gpu = SimpleNamespace(), self
+
+        def record():
+            event.at = max(gpu.gpu, gpu.host)
+
+        def synchronize():
+            gpu.host = max(gpu.host, event.at)
+
+        event.record, event.synchronize = record, synchronize
+        event.query = lambda: event.at <= gpu.host
+        event.elapsed_time = lambda end: (end.at - event.at) / 1e3
+        return event
+
+
+@pytest.mark.parametrize("host_us, counts, expected", [(100, False, 50), (7_000, False, 50), (7_000, True, 7_000)])
+def test_time_of_a_slow_host_is_not_taken_for_the_gpus(monkeypatch, host_us, counts, expected):
+    """On the H100 two rows said 950 and 2,199 us where the kernels took 80 and 120: the host had been 2 ms late."""
+    gpu = GpuOfPaper()
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.queue(cycles, 1))
+    monkeypatch.setattr(timing, "HEAD_START", 2_000)
+    monkeypatch.setattr(timing, "MAX_HEAD_START", 32_000)
+    stopwatch = timing._GpuStopwatch(counts)
+    for _ in range(2):
+        seconds = stopwatch(lambda: [gpu.queue(gpu_us, host_us) for gpu_us in (20, 30)], lambda: gpu.queue(40, 1))
+        assert seconds * 1e6 == pytest.approx(expected, abs=2 * host_us if counts else 1e-6)
+    assert stopwatch.head_start == (16_000 if host_us > 1_000 and not counts else 2_000)
+
+
+def test_a_call_that_waits_for_the_gpu_is_timed_as_it_is(monkeypatch):
+    gpu = GpuOfPaper()
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.queue(cycles, 1))
+    monkeypatch.setattr(timing, "HEAD_START", 2_000)
+    monkeypatch.setattr(timing, "MAX_HEAD_START", 32_000)
+
+    def call():
+        gpu.queue(20, 5)
+        gpu.host = gpu.gpu
+        gpu.queue(30, 5)
+
+    assert timing._GpuStopwatch(False)(call, lambda: gpu.queue(40, 1)) * 1e6 == pytest.approx(55)
 
 
 def test_quantiles():

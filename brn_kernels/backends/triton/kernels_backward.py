@@ -17,6 +17,7 @@ import triton.language as tl
 from .kernels_common import (
     NONE,
     SIZES,
+    across_planes,
     activation_backward,
     arrive,
     bits_pointers,
@@ -81,13 +82,13 @@ def load_item(
 
 @triton.jit
 def reduce_split(
-    tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
+    tile, split, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr,
+    outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     CT: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """S1 and S2 of one split of a channel tile, into the workspace."""
+    """S1 and S2 of one split of a channel tile, (CT,) each."""
     COLUMNS: tl.constexpr = INNER if CHANNELS_LAST else 1
     ROWS: tl.constexpr = OUTER * INNER // GROUP // COLUMNS
     o_columns = channels_of(tl.arange(0, COLUMNS), tile, plane, CHANNELS_LAST, INNER, CT)
@@ -107,52 +108,50 @@ def reduce_split(
     if COLUMNS != CT:
         s1_total = over_planes(s1_total, plane, INNER, CT)
         s2_total = over_planes(s2_total, plane, INNER, CT)
-    p_partials = workspace_ptr + 2 * padded + tile * CT + tl.arange(0, CT)
-    tl.store(p_partials + split * padded, s1_total)
-    tl.store(p_partials + (splits + split) * padded, s2_total)
+    return s1_total, s2_total
 
 
 @triton.jit
-def finish_sums(
-    tile, splits, saved_ptr, dweight_ptr, dbias_ptr, workspace_ptr, channels, padded, values: tl.float64,
-    ACC: tl.constexpr, CT: tl.constexpr, MERGE_ROWS: tl.constexpr,
-):  # fmt: skip
-    """dgamma, dbeta and what apply needs, from all splits of a channel tile in a fixed order."""
-    o_channels = tile * CT + tl.arange(0, CT)
-    m_channels = o_channels < channels
-    partial_s1 = tl.zeros([MERGE_ROWS, CT], ACC)
-    partial_s2 = tl.zeros([MERGE_ROWS, CT], ACC)
+def merge(p_partials, splits, padded, ACC: tl.constexpr, CT: tl.constexpr, MERGE_ROWS: tl.constexpr):
+    """S1 and S2 of all splits of a channel tile, (CT,) each, added up in a fixed order."""
+    s1 = tl.zeros([MERGE_ROWS, CT], ACC)
+    s2 = tl.zeros([MERGE_ROWS, CT], ACC)
     for start in tl.range(0, splits, MERGE_ROWS, loop_unroll_factor=2):
         o_splits = start + tl.arange(0, MERGE_ROWS)
-        p_s1 = workspace_ptr + ((2 + o_splits) * padded)[:, None] + o_channels[None, :]
+        p_s1 = p_partials[None, :] + (o_splits * padded)[:, None]
         m_splits = (o_splits < splits)[:, None]
-        partial_s1 += tl.load(p_s1, mask=m_splits, other=0.0, cache_modifier=".cg")
-        partial_s2 += tl.load(p_s1 + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
-    s1, s2 = tl.sum(partial_s1, 0), tl.sum(partial_s2, 0)
+        s1 += tl.load(p_s1, mask=m_splits, other=0.0, cache_modifier=".cg")
+        s2 += tl.load(p_s1 + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
+    return tl.sum(s1, 0), tl.sum(s2, 0)
+
+
+@triton.jit
+def finish(
+    s1, s2, o_channels, saved_ptr, dweight_ptr, dbias_ptr, channels, values: tl.float64, ACC: tl.constexpr
+):  # fmt: skip
+    """Writes dgamma and dbeta; what apply needs, (CT,) each: S1 / m, inv_std * S2 / m."""
+    m_channels = o_channels < channels
     inv_std = tl.load(saved_ptr + channels + o_channels, mask=m_channels, other=0.0)
     r = tl.load(saved_ptr + 2 * channels + o_channels, mask=m_channels, other=0.0)
     d = tl.load(saved_ptr + 3 * channels + o_channels, mask=m_channels, other=0.0)
     tl.store(dweight_ptr + o_channels, r * s2 + d * s1, mask=m_channels)
     tl.store(dbias_ptr + o_channels, s1, mask=m_channels)
     m_values = number(values, ACC)
-    tl.store(workspace_ptr + o_channels, s1 / m_values)
-    tl.store(workspace_ptr + padded + o_channels, inv_std * s2 / m_values)
+    return s1 / m_values, inv_std * s2 / m_values
 
 
 @triton.jit
 def apply_split(
-    tile, split, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
+    tile, split, mean_dy, slope, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr,
+    outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     CT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Dx and dresidual of one split of a channel tile, from its end to its beginning."""
+    """Dx and dresidual of one split of a channel tile, from its end to its beginning; mean_dy and slope (COLUMNS,)."""
     COLUMNS: tl.constexpr = INNER if CHANNELS_LAST else 1
     o_columns = channels_of(tl.arange(0, COLUMNS), tile, plane, CHANNELS_LAST, INNER, CT)
     batch_mean, _, scale, shift = channel_values(saved_ptr, weight_ptr, bias_ptr, o_columns, channels, ACC)
-    mean_dy = tl.load(workspace_ptr + o_columns, cache_modifier=".cg")
-    slope = tl.load(workspace_ptr + padded + o_columns, cache_modifier=".cg")
     first = split * items_per_split
     end = tl.minimum(first + items_per_split, items)
     for step in range(0, end - first):
@@ -184,16 +183,20 @@ def reduce_kernel(
 ):  # fmt: skip
     """Grid (channel tiles, splits)."""
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    reduce_split(
-        tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr, outer_size,
-        channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane, dy_outer_v, dy_channel_v,
-        x_outer_v, x_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, GROUP, GROUP_ROWS, VECTOR,
+    s1, s2 = reduce_split(
+        tile, split, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, outer_size, channels, inner_v, chunks,
+        items, items_per_split, row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, GROUP, GROUP_ROWS, VECTOR,
     )  # fmt: skip
+    o_channels = tile * CT + tl.arange(0, CT)
+    p_partials = workspace_ptr + 2 * padded + o_channels
+    tl.store(p_partials + split * padded, s1)
+    tl.store(p_partials + (splits + split) * padded, s2)
     if arrive(tickets_ptr + tile, splits):
-        finish_sums(
-            tile, splits, saved_ptr, dweight_ptr, dbias_ptr, workspace_ptr, channels, padded, values,
-            ACC, CT, MERGE_ROWS,
-        )  # fmt: skip
+        s1, s2 = merge(p_partials, splits, padded, ACC, CT, MERGE_ROWS)
+        mean_dy, slope = finish(s1, s2, o_channels, saved_ptr, dweight_ptr, dbias_ptr, channels, values, ACC)
+        tl.store(workspace_ptr + o_channels, mean_dy)
+        tl.store(workspace_ptr + padded + o_channels, slope)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -205,18 +208,20 @@ def apply_kernel(
     CT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, splits)."""
+    COLUMNS: tl.constexpr = INNER if CHANNELS_LAST else 1
+    tile = tl.program_id(0)
+    p_mean_dy = workspace_ptr + channels_of(tl.arange(0, COLUMNS), tile, plane, CHANNELS_LAST, INNER, CT)
     apply_split(
-        tl.program_id(0), tl.program_id(1), dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr,
-        dresidual_ptr, workspace_ptr, outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes,
-        plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v,
-        dresidual_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
+        tile, tl.program_id(1), tl.load(p_mean_dy), tl.load(p_mean_dy + padded), dy_ptr, x_ptr, bits_ptr, weight_ptr,
+        bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, outer_size, channels, inner_v, chunks, items, items_per_split,
+        row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v,
+        dresidual_outer_v, dresidual_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def alone_kernel(
     dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr, dx_ptr, dresidual_ptr,
-    workspace_ptr,
     outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
     values: tl.float64,
@@ -225,20 +230,18 @@ def alone_kernel(
 ):  # fmt: skip
     """Grid (channel tiles, 1): with one split a program has all of its channels' values and need wait for no other."""
     tile = tl.program_id(0)
-    reduce_split(
-        tile, 0, 1, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, workspace_ptr, outer_size, channels,
-        inner_v, chunks, items, items_per_split, padded, row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v,
-        x_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, GROUP, GROUP_ROWS, VECTOR,
+    s1, s2 = reduce_split(
+        tile, 0, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, outer_size, channels, inner_v, chunks,
+        items, items_per_split, row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, GROUP, GROUP_ROWS, VECTOR,
     )  # fmt: skip
-    tl.debug_barrier()
-    finish_sums(
-        tile, 1, saved_ptr, dweight_ptr, dbias_ptr, workspace_ptr, channels, padded, values,
-        ACC, CT, MERGE_ROWS,
-    )  # fmt: skip
-    tl.debug_barrier()
+    o_channels = tile * CT + tl.arange(0, CT)
+    mean_dy, slope = finish(s1, s2, o_channels, saved_ptr, dweight_ptr, dbias_ptr, channels, values, ACC)
+    if CHANNELS_LAST and CT != INNER:
+        mean_dy, slope = across_planes(mean_dy, plane, INNER, CT), across_planes(slope, plane, INNER, CT)
     apply_split(
-        tile, 0, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, workspace_ptr,
-        outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane, dy_outer_v,
-        dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
+        tile, 0, mean_dy, slope, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr,
+        outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane, dy_outer_v, dy_channel_v,
+        x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
         ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
     )  # fmt: skip

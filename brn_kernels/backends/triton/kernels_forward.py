@@ -76,6 +76,12 @@ def stream_kernel(
     o_columns = channels_of(tl.arange(0, COLUMNS), tile, plane, CHANNELS_LAST, INNER, CT)
     m_columns = o_columns < channels
 
+    first = split * items_per_split
+    end = tl.minimum(first + items_per_split, items)
+    b_next = load_item(  # before all else: it takes longest
+        x_ptr, first, end, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST,
+        OUTER, INNER, CT,
+    )  # fmt: skip
     speculates = False
     pivot = tl.zeros([COLUMNS], ACC)
     scale = tl.zeros([COLUMNS], ACC)
@@ -88,12 +94,6 @@ def stream_kernel(
         )  # fmt: skip
         speculates = tl.max(predicted, 0) > 0
 
-    first = split * items_per_split
-    end = tl.minimum(first + items_per_split, items)
-    b_next = load_item(
-        x_ptr, first, end, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST,
-        OUTER, INNER, CT,
-    )  # fmt: skip
     first_count = values_of(first, chunks, outer_size, inner_v * VECTOR, CHANNELS_LAST, OUTER, INNER)
     origin = in_channels(b_next.to(ACC), CHANNELS_LAST) / first_count.to(ACC)
     s1 = tl.zeros([ROWS, COLUMNS], ACC)
@@ -135,33 +135,38 @@ def stream_kernel(
     else:
         b_count, mean, m2 = merge_planes(b_count, origin, s1_total / b_count, m2, plane, INNER, CT)
         predicted = tl.max(tl.where(belongs(plane, INNER, CT), predicted[None, :], 0), 1)
-    p_partials = workspace_ptr + 4 * padded + o_channels
-    tl.store(p_partials + split * padded, b_count)
-    tl.store(p_partials + (splits + split) * padded, mean)
-    tl.store(p_partials + (2 * splits + split) * padded, m2)
-    is_last = True
     if ALONE:
-        tl.debug_barrier()  # the partial results are read by other threads than wrote them
-    else:
-        is_last = arrive(tickets_ptr + tile, splits)
-    if is_last:
-        finish(
-            p_partials, splits, padded, predicted, o_channels,
+        o_pivot, o_scale, o_shift, wrong = finish(
+            mean, m2, predicted, o_channels,
             running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
-            saved_ptr, workspace_ptr, channels, r_max, d_max, hold, r_ramp, d_ramp, momentum, eps, values,
-            ACC, CUMULATIVE, CT, MERGE_ROWS,
+            saved_ptr, workspace_ptr, channels, padded, r_max, d_max, hold, r_ramp, d_ramp, momentum, eps, values,
+            ACC, CUMULATIVE,
         )  # fmt: skip
-    if ALONE:
-        tl.debug_barrier()
+        tl.debug_barrier()  # other threads than repair it may have written y wrongly
         repair(
-            tile, split, x_ptr, residual_ptr, y_ptr, bits_ptr, workspace_ptr,
-            outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
+            tile, split, in_eights(o_pivot, plane, CHANNELS_LAST, INNER, CT),
+            in_eights(o_scale, plane, CHANNELS_LAST, INNER, CT), in_eights(o_shift, plane, CHANNELS_LAST, INNER, CT),
+            tl.max(in_eights(wrong, plane, CHANNELS_LAST, INNER, CT), 1) > 0, x_ptr, residual_ptr, y_ptr, bits_ptr,
+            outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane,
             x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
             ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
         )  # fmt: skip
         if counter_ptr is not None:
             if arrive(tickets_ptr, tl.num_programs(0)):
                 tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+    else:
+        p_partials = workspace_ptr + 4 * padded + o_channels
+        tl.store(p_partials + split * padded, b_count)
+        tl.store(p_partials + (splits + split) * padded, mean)
+        tl.store(p_partials + (2 * splits + split) * padded, m2)
+        if arrive(tickets_ptr + tile, splits):
+            mean, m2 = merge(p_partials, splits, padded, ACC, CT, MERGE_ROWS)
+            finish(
+                mean, m2, predicted, o_channels,
+                running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr,
+                auto_ptr, saved_ptr, workspace_ptr, channels, padded, r_max, d_max, hold, r_ramp, d_ramp, momentum,
+                eps, values, ACC, CUMULATIVE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -242,45 +247,49 @@ def write(
 
 
 @triton.jit
-def finish(
-    p_partials, splits, padded, predicted, o_channels,
-    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
-    saved_ptr, workspace_ptr, channels, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp,
-    momentum: tl.float64, eps: tl.float64, values: tl.float64,
-    ACC: tl.constexpr, CUMULATIVE: tl.constexpr, CT: tl.constexpr, MERGE_ROWS: tl.constexpr,
-):  # fmt: skip
-    """The statistics of a channel tile, from all its splits in a fixed order, and all that follows from them."""
-    m_channels = o_channels < channels
+def merge(p_partials, splits, padded, ACC: tl.constexpr, CT: tl.constexpr, MERGE_ROWS: tl.constexpr):
+    """Mean and squares about it, (CT,) each, of all splits of a channel tile, in a fixed order.
+
+    Chan's formula, for the splits that lie MERGE_ROWS apart, then for the rows: partial results are read once.
+    """
     total = tl.zeros([MERGE_ROWS, CT], ACC)
-    weighted = tl.zeros([MERGE_ROWS, CT], ACC)
+    mean = tl.zeros([MERGE_ROWS, CT], ACC)
+    m2 = tl.zeros([MERGE_ROWS, CT], ACC)
     origin = tl.load(p_partials + splits * padded, cache_modifier=".cg")  # close to the mean: fewer digits lost
     for start in tl.range(0, splits, MERGE_ROWS, loop_unroll_factor=2):
         o_splits = start + tl.arange(0, MERGE_ROWS)
         p_count = p_partials[None, :] + (o_splits * padded)[:, None]
         m_splits = (o_splits < splits)[:, None]
         count = tl.load(p_count, mask=m_splits, other=0.0, cache_modifier=".cg")
-        mean = tl.load(p_count + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
+        split_mean = tl.load(p_count + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
+        split_m2 = tl.load(p_count + 2 * splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
+        delta = tl.where(m_splits, split_mean - origin[None, :] - mean, 0.0)
+        share = count / tl.maximum(total + count, 1.0)
+        m2 += split_m2 + delta * delta * (total * share)
+        mean += delta * share
         total += count
-        weighted += tl.where(m_splits, count * (mean - origin[None, :]), 0.0)
+    of_all = tl.sum(total * mean, 0) / tl.sum(total, 0)
+    mean -= of_all[None, :]
+    return origin + of_all, tl.sum(m2 + total * mean * mean, 0)
+
+
+@triton.jit
+def finish(
+    batch_mean, m2, predicted, o_channels,
+    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
+    saved_ptr, workspace_ptr, channels, padded, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp,
+    momentum: tl.float64, eps: tl.float64, values: tl.float64, ACC: tl.constexpr, CUMULATIVE: tl.constexpr,
+):  # fmt: skip
+    """All that follows from the statistics of a channel tile; pivot, scale, shift and what is to be repaired, (CT,)."""
+    m_channels = o_channels < channels
     m_values = number(values, ACC)
-    batch_mean = origin + tl.sum(weighted, 0) / tl.sum(total, 0)
-    squares = tl.zeros([MERGE_ROWS, CT], ACC)
-    for start in tl.range(0, splits, MERGE_ROWS, loop_unroll_factor=2):
-        o_splits = start + tl.arange(0, MERGE_ROWS)
-        p_count = p_partials[None, :] + (o_splits * padded)[:, None]
-        m_splits = (o_splits < splits)[:, None]
-        count = tl.load(p_count, mask=m_splits, other=0.0, cache_modifier=".cg")
-        mean = tl.load(p_count + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
-        m2 = tl.load(p_count + 2 * splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
-        delta = mean - batch_mean[None, :]
-        squares += tl.where(m_splits, m2 + count * delta * delta, 0.0)
-    batch_var = tl.sum(squares, 0) / m_values
+    batch_var = m2 / m_values
 
     gamma, beta = affine_of(weight_ptr, bias_ptr, o_channels, m_channels, ACC)
     batch_std = tl.sqrt(batch_var + number(eps, ACC))
     r = batch_mean * 0.0 + 1.0
     d = batch_mean * 0.0
-    wrong = tl.full([CT], 1, tl.int32)
+    wrong = tl.where(m_channels, 1, 0)
     pivot = batch_mean
     scale = gamma / batch_std
     shift = beta
@@ -302,7 +311,7 @@ def finish(
         pivot = tl.where(corrected != 0, batch_mean, running_mean)
         scale = tl.where(corrected != 0, gamma * r / batch_std, gamma / running_std)
         shift = tl.where(corrected != 0, gamma * d + beta, beta)
-        wrong = tl.where(corrected != 0, 1, 1 - predicted)
+        wrong = tl.where(m_channels, tl.where(corrected != 0, 1, 1 - predicted), 0)
 
         factor = number(momentum, ACC)
         if CUMULATIVE:
@@ -330,7 +339,8 @@ def finish(
     tl.store(workspace_ptr + o_channels, pivot)
     tl.store(workspace_ptr + padded + o_channels, scale)
     tl.store(workspace_ptr + 2 * padded + o_channels, shift)
-    tl.store(workspace_ptr + 3 * padded + o_channels, tl.where(m_channels, wrong, 0).to(ACC))
+    tl.store(workspace_ptr + 3 * padded + o_channels, wrong.to(ACC))
+    return pivot, scale, shift, wrong
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -345,35 +355,47 @@ def repair_kernel(
     if counter_ptr is not None:
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+    GROUPS: tl.constexpr = INNER // 8 if CHANNELS_LAST else 1
+    WIDTH: tl.constexpr = 8 if CHANNELS_LAST else 1
+    o_groups = (tl.arange(0, GROUPS) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+    tile = tl.program_id(0)
+    p_pivot = workspace_ptr + channels_of(o_groups, tile, plane, CHANNELS_LAST, INNER, CT)
     repair(
-        tl.program_id(0), tl.program_id(1), x_ptr, residual_ptr, y_ptr, bits_ptr, workspace_ptr,
-        outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
+        tile, tl.program_id(1), tl.load(p_pivot), tl.load(p_pivot + padded), tl.load(p_pivot + 2 * padded),
+        tl.max(tl.load(p_pivot + 3 * padded), 1) > 0.0, x_ptr, residual_ptr, y_ptr, bits_ptr,
+        outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane,
         x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
         ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
     )  # fmt: skip
 
 
 @triton.jit
+def in_eights(b, plane, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr):
+    """(CT,) to the groups of columns that are repaired together, (INNER / 8, 8) or (1, 1)."""
+    if not CHANNELS_LAST:
+        return tl.reshape(b, (1, 1))
+    elif CT == INNER:
+        return tl.reshape(b, (INNER // 8, 8))
+    else:
+        return tl.reshape(across_planes(b, plane, INNER, CT), (INNER // 8, 8))
+
+
+@triton.jit
 def repair(
-    tile, split, x_ptr, residual_ptr, y_ptr, bits_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
+    tile, split, pivot, scale, shift, wrong, x_ptr, residual_ptr, y_ptr, bits_ptr,
+    outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane,
     x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Y of one split of a channel tile, of its channels that were left out or written wrongly."""
-    # What is repaired is masked in eights: a mask of shape (.., 8, 1) keeps the accesses of the 8 whole
-    GROUPS: tl.constexpr = INNER // 8 if CHANNELS_LAST else 1
-    WIDTH: tl.constexpr = 8 if CHANNELS_LAST else 1
-    o_groups = (tl.arange(0, GROUPS) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
-    o_channels = channels_of(o_groups, tile, plane, CHANNELS_LAST, INNER, CT)
-    wrong = tl.max(tl.load(workspace_ptr + 3 * padded + o_channels), 1) > 0.0
+    """Y of one split of a channel tile, of its channels that were left out or written wrongly.
+
+    Coefficients are (INNER / 8, 8) or (1, 1), ``wrong`` is (INNER / 8,) or (1,): a mask of shape (.., 8, 1) keeps the
+    accesses of the 8 whole.
+    """
     if CHANNELS_LAST:  # whole rows take less time than many pieces of them
         wrong = wrong | (tl.sum(wrong.to(tl.int32), 0) > INNER // 8 // 4)
     if tl.max(wrong.to(tl.int32), 0) > 0:
-        pivot = tl.load(workspace_ptr + o_channels)[None, :, :]
-        scale = tl.load(workspace_ptr + padded + o_channels)[None, :, :]
-        shift = tl.load(workspace_ptr + 2 * padded + o_channels)[None, :, :]
         first = split * items_per_split
         end = tl.minimum(first + items_per_split, items)
         for step in range(0, end - first):
@@ -385,7 +407,8 @@ def repair(
             o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
             b_x = tl.load(x_ptr + o_x, mask=m_repair, other=0.0).to(ACC)
             write(
-                tl.fma(b_x - pivot, scale, shift), rows, columns, m_repair, wrong[None, :], item, tile, residual_ptr,
-                y_ptr, bits_ptr, chunks, outer_size, channels, row_bytes, residual_outer_v, residual_channel_v,
-                y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
+                tl.fma(b_x - pivot[None, :, :], scale[None, :, :], shift[None, :, :]), rows, columns, m_repair,
+                wrong[None, :], item, tile, residual_ptr, y_ptr, bits_ptr, chunks, outer_size, channels, row_bytes,
+                residual_outer_v, residual_channel_v, y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST,
+                OUTER, INNER,
             )  # fmt: skip

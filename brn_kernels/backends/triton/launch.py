@@ -150,16 +150,16 @@ def backward(
     weight, bias, saved, bits = dense(weight), dense(bias), saved.contiguous(), bits.contiguous()
     dweight = torch.empty(shape.channels, dtype=acc, device=x.device)
     dbias = torch.empty(shape.channels, dtype=acc, device=x.device)
-    workspace = torch.empty(plan.workspace, dtype=acc, device=x.device)
     tensors = (upstream.tensor, source.tensor, bits if kept else None, weight, bias, saved)
     targets = (to_x.tensor, to_residual.tensor)
     with _on_device(x):
         if launch.alone and (needs_dx or needs_dresidual):
             launcher.launch(
-                kernels_backward.alone_kernel, launch.grid, (*tensors, dweight, dbias, *targets, workspace),
+                kernels_backward.alone_kernel, launch.grid, (*tensors, dweight, dbias, *targets),
                 plan.integers, (plan.values,), plan.summing, x.device,
             )  # fmt: skip
         else:
+            workspace = torch.empty(plan.workspace, dtype=acc, device=x.device)
             launcher.launch(
                 kernels_backward.reduce_kernel, launch.grid,
                 (*tensors, dweight, dbias, workspace, tickets(x.device, launch.channel_tiles)),
