@@ -56,7 +56,7 @@ docs-experiments: $(STAMP) ## write docs/when-to-use.md and its figures from the
 	$(BIN)/python -m experiments --docs
 
 compile-check: $(STAMP) ## compile all Triton kernels for GPUs, without one: registers, spills, access widths
-	$(BIN)/python scripts/compile_check.py $(COMPILE_ARGS)
+	$(BIN)/python -m scripts.compile_check $(COMPILE_ARGS)
 
 wheel-check: $(STAMP) ## build a wheel with the native backend and try it in an empty environment
 	scripts/wheel_check.sh $(BIN)/python

@@ -56,7 +56,8 @@ MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lin
 MIN_INNER = 8  # a byte of packed bits
 MIN_INNER_CONTIGUOUS = 64
 MAX_DEAD_LANES = 0.125  # of a contiguous tile, beyond the end of a plane
-MERGED_BYTES = 4096  # of partial results that a finishing program reads at a time: each time costs a trip to L2
+MERGED_BYTES = 4096  # of partial results that a program reads at a time: each time costs a trip to L2, some 0.65 us
+DIRECT_TRIPS = 3  # by which one program merges all; for more, several do that side by side, and then one their results
 
 MAX_COLUMNS = 2**28  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64)
 MAX_WAVES = 8  # of programs
@@ -95,8 +96,13 @@ class Launch:
         return self.channel_tiles, self.splits
 
     def merge_rows(self, itemsize: int) -> int:
-        """Splits whose partial results, of ``itemsize`` bytes, a finishing program reads at a time."""
+        """Partial results, of ``itemsize`` bytes, that a program reads at a time."""
         return max(1, min(512, MERGED_BYTES // (itemsize * self.tile_channels)))
+
+    def bundle(self, itemsize: int) -> int:
+        """Splits whose partial results, of ``itemsize`` bytes, are merged by one program."""
+        rows = self.merge_rows(itemsize)
+        return self.splits if self.splits <= DIRECT_TRIPS * rows else rows
 
     @property
     def padded_channels(self) -> int:

@@ -8,7 +8,8 @@ With dy' the gradient behind the activation and x_bn = (x - batch_mean) * inv_st
 Reduce reads x and dy, apply reads them again and writes dx, walking from the end towards the beginning so that its
 first reads hit the L2 cache. The activation's argument is recomputed from x, or its sign read from packed bits.
 
-Workspace, rows of ``padded`` values: 0 S1 / m, 1 inv_std * S2 / m, then S1 of each split, then S2 of each split.
+Workspace, rows of ``padded`` values: 0 S1 / m, 1 inv_std * S2 / m, then S1 of each split and of each
+bundle of splits, then as many S2.
 """
 
 import triton
@@ -112,16 +113,25 @@ def reduce_split(
 
 
 @triton.jit
-def merge(p_partials, splits, padded, ACC: tl.constexpr, CT: tl.constexpr, MERGE_ROWS: tl.constexpr):
-    """S1 and S2 of all splits of a channel tile, (CT,) each, added up in a fixed order."""
+def put(p_partial, between, s1, s2):
+    """Write a partial result; its two numbers lie ``between`` apart."""
+    tl.store(p_partial, s1)
+    tl.store(p_partial + between, s2)
+
+
+@triton.jit
+def merge(
+    p_partials, number_of_them, padded, between, ACC: tl.constexpr, CT: tl.constexpr, MERGE_ROWS: tl.constexpr
+):  # fmt: skip
+    """S1 and S2, (CT,) each, of partial results that lie ``padded`` apart, added up in a fixed order."""
     s1 = tl.zeros([MERGE_ROWS, CT], ACC)
     s2 = tl.zeros([MERGE_ROWS, CT], ACC)
-    for start in tl.range(0, splits, MERGE_ROWS, loop_unroll_factor=2):
-        o_splits = start + tl.arange(0, MERGE_ROWS)
-        p_s1 = p_partials[None, :] + (o_splits * padded)[:, None]
-        m_splits = (o_splits < splits)[:, None]
-        s1 += tl.load(p_s1, mask=m_splits, other=0.0, cache_modifier=".cg")
-        s2 += tl.load(p_s1 + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
+    for start in tl.range(0, number_of_them, MERGE_ROWS, loop_unroll_factor=2):
+        o_partials = start + tl.arange(0, MERGE_ROWS)
+        p_s1 = p_partials[None, :] + (o_partials * padded)[:, None]
+        m_partials = (o_partials < number_of_them)[:, None]
+        s1 += tl.load(p_s1, mask=m_partials, other=0.0, cache_modifier=".cg")
+        s2 += tl.load(p_s1 + between, mask=m_partials, other=0.0, cache_modifier=".cg")
     return tl.sum(s1, 0), tl.sum(s2, 0)
 
 
@@ -176,7 +186,7 @@ def reduce_kernel(
     dy_ptr, x_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
     weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr,  # (channels,), saved (4, channels)
     workspace_ptr, tickets_ptr,  # see above; (channel tiles,)
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
+    outer_size, channels, inner_v, chunks, items, items_per_split, bundle, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, values: tl.float64,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     CT: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
@@ -189,11 +199,21 @@ def reduce_kernel(
         ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, GROUP, GROUP_ROWS, VECTOR,
     )  # fmt: skip
     o_channels = tile * CT + tl.arange(0, CT)
+    bundles = tl.cdiv(splits, bundle)
+    mine, between = split // bundle, (splits + bundles) * padded
     p_partials = workspace_ptr + 2 * padded + o_channels
-    tl.store(p_partials + split * padded, s1)
-    tl.store(p_partials + (splits + split) * padded, s2)
-    if arrive(tickets_ptr + tile, splits):
-        s1, s2 = merge(p_partials, splits, padded, ACC, CT, MERGE_ROWS)
+    put(p_partials + split * padded, between, s1, s2)
+    in_mine = tl.minimum(bundle, splits - mine * bundle)
+    is_last = arrive(tickets_ptr + tile * (bundles + 1) + mine, in_mine)
+    if is_last:
+        p_mine = p_partials + mine * bundle * padded
+        s1, s2 = merge(p_mine, in_mine, padded, between, ACC, CT, MERGE_ROWS)
+        if bundles > 1:
+            put(p_partials + (splits + mine) * padded, between, s1, s2)
+            is_last = arrive(tickets_ptr + tile * (bundles + 1) + bundles, bundles)
+            if is_last:
+                s1, s2 = merge(p_partials + splits * padded, bundles, padded, between, ACC, CT, MERGE_ROWS)
+    if is_last:
         mean_dy, slope = finish(s1, s2, o_channels, saved_ptr, dweight_ptr, dbias_ptr, channels, values, ACC)
         tl.store(workspace_ptr + o_channels, mean_dy)
         tl.store(workspace_ptr + padded + o_channels, slope)
@@ -202,7 +222,7 @@ def reduce_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def apply_kernel(
     dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
+    outer_size, channels, inner_v, chunks, items, items_per_split, bundle, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     CT: tl.constexpr, VECTOR: tl.constexpr,
@@ -222,7 +242,7 @@ def apply_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def alone_kernel(
     dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr, dx_ptr, dresidual_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
+    outer_size, channels, inner_v, chunks, items, items_per_split, bundle, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
     values: tl.float64,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,

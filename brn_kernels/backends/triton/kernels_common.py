@@ -18,7 +18,7 @@ import triton.language as tl
 # Sizes and strides of every kernel. Nothing is compiled anew for their values: what a kernel must know of them (by how
 # much rows and columns divide) it is told by VECTOR, so that all layers of a kind share one compilation.
 SIZES = (
-    "outer_size", "channels", "inner_v", "chunks", "items", "items_per_split", "padded", "row_bytes", "plane",
+    "outer_size", "channels", "inner_v", "chunks", "items", "items_per_split", "bundle", "padded", "row_bytes", "plane",
     "x_outer_v", "x_channel_v", "y_outer_v", "y_channel_v", "residual_outer_v", "residual_channel_v",
     "dy_outer_v", "dy_channel_v", "dx_outer_v", "dx_channel_v", "dresidual_outer_v", "dresidual_channel_v",
     "hold", "r_ramp", "d_ramp",

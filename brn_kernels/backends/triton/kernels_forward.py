@@ -1,13 +1,14 @@
 """The forward in two launches: ``stream_kernel`` and ``repair_kernel``.
 
 ``stream_kernel`` reads x once. It gathers the batch statistics and, for channels predicted not to be clipped, already
-writes y from the running statistics. The last program of a channel tile finishes the statistics: r, d, the running
+writes y from the running statistics. The last program of a bundle of splits merges theirs, the last of a channel
+tile's bundles those of all and finishes the statistics: r, d, the running
 statistics, what the backward needs, and which channels were not written rightly. ``repair_kernel`` writes those, from
 the end towards the beginning so that its first reads hit the L2 cache; if there are none it returns at once.
 
 Workspace, rows of ``padded`` values: 0 pivot, 1 scale, 2 shift (y = (x - pivot) * scale + shift), 3 whether it is to be
 repaired (in channels_last 8 channels are together: a 16-byte access never sees a mask change within it), then for each
-split the count, then the mean, then the sum of squares about it.
+split, then for each bundle of splits, the count; then as many means; then as many sums of squares about them.
 """
 
 import triton
@@ -55,7 +56,7 @@ def stream_kernel(
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, clipped_ptr,  # (channels,)
     counter_ptr, limits_ptr, auto_ptr,  # int64; (2,); (5, channels)
     saved_ptr, workspace_ptr, tickets_ptr,  # (4, channels); see above; (channel tiles,)
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
+    outer_size, channels, inner_v, chunks, items, items_per_split, bundle, padded, row_bytes, plane,
     x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v, hold, r_ramp, d_ramp,
     r_max: tl.float64, d_max: tl.float64, momentum: tl.float64, eps: tl.float64, values: tl.float64,
     ACC: tl.constexpr, CUMULATIVE: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -155,12 +156,22 @@ def stream_kernel(
             if arrive(tickets_ptr, tl.num_programs(0)):
                 tl.store(counter_ptr, tl.load(counter_ptr) + 1)
     else:
+        bundles = tl.cdiv(splits, bundle)
+        mine, between = split // bundle, (splits + bundles) * padded
         p_partials = workspace_ptr + 4 * padded + o_channels
-        tl.store(p_partials + split * padded, b_count)
-        tl.store(p_partials + (splits + split) * padded, mean)
-        tl.store(p_partials + (2 * splits + split) * padded, m2)
-        if arrive(tickets_ptr + tile, splits):
-            mean, m2 = merge(p_partials, splits, padded, ACC, CT, MERGE_ROWS)
+        put(p_partials + split * padded, between, b_count, mean, m2)
+        in_mine = tl.minimum(bundle, splits - mine * bundle)
+        is_last = arrive(tickets_ptr + tile * (bundles + 1) + mine, in_mine)
+        if is_last:
+            p_mine = p_partials + mine * bundle * padded
+            b_count, mean, m2 = merge(p_mine, in_mine, padded, between, ACC, CT, MERGE_ROWS)
+            if bundles > 1:
+                put(p_partials + (splits + mine) * padded, between, b_count, mean, m2)
+                is_last = arrive(tickets_ptr + tile * (bundles + 1) + bundles, bundles)
+                if is_last:
+                    p_bundles = p_partials + splits * padded
+                    b_count, mean, m2 = merge(p_bundles, bundles, padded, between, ACC, CT, MERGE_ROWS)
+        if is_last:
             finish(
                 mean, m2, predicted, o_channels,
                 running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr,
@@ -247,30 +258,41 @@ def write(
 
 
 @triton.jit
-def merge(p_partials, splits, padded, ACC: tl.constexpr, CT: tl.constexpr, MERGE_ROWS: tl.constexpr):
-    """Mean and squares about it, (CT,) each, of all splits of a channel tile, in a fixed order.
+def put(p_partial, between, count, mean, m2):
+    """Write a partial result; its three numbers lie ``between`` apart."""
+    tl.store(p_partial, count)
+    tl.store(p_partial + between, mean)
+    tl.store(p_partial + 2 * between, m2)
 
-    Chan's formula, for the splits that lie MERGE_ROWS apart, then for the rows: partial results are read once.
+
+@triton.jit
+def merge(
+    p_partials, number_of_them, padded, between, ACC: tl.constexpr, CT: tl.constexpr, MERGE_ROWS: tl.constexpr
+):  # fmt: skip
+    """Count, mean and squares about it, (CT,) each, of partial results that lie ``padded`` apart, in a fixed order.
+
+    Chan's formula, for those that lie MERGE_ROWS apart, then for the rows: each is read once.
     """
     total = tl.zeros([MERGE_ROWS, CT], ACC)
     mean = tl.zeros([MERGE_ROWS, CT], ACC)
     m2 = tl.zeros([MERGE_ROWS, CT], ACC)
-    origin = tl.load(p_partials + splits * padded, cache_modifier=".cg")  # close to the mean: fewer digits lost
-    for start in tl.range(0, splits, MERGE_ROWS, loop_unroll_factor=2):
-        o_splits = start + tl.arange(0, MERGE_ROWS)
-        p_count = p_partials[None, :] + (o_splits * padded)[:, None]
-        m_splits = (o_splits < splits)[:, None]
-        count = tl.load(p_count, mask=m_splits, other=0.0, cache_modifier=".cg")
-        split_mean = tl.load(p_count + splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
-        split_m2 = tl.load(p_count + 2 * splits * padded, mask=m_splits, other=0.0, cache_modifier=".cg")
-        delta = tl.where(m_splits, split_mean - origin[None, :] - mean, 0.0)
+    origin = tl.load(p_partials + between, cache_modifier=".cg")  # close to the mean: fewer digits lost
+    for start in tl.range(0, number_of_them, MERGE_ROWS, loop_unroll_factor=2):
+        o_partials = start + tl.arange(0, MERGE_ROWS)
+        p_count = p_partials[None, :] + (o_partials * padded)[:, None]
+        m_partials = (o_partials < number_of_them)[:, None]
+        count = tl.load(p_count, mask=m_partials, other=0.0, cache_modifier=".cg")
+        its_mean = tl.load(p_count + between, mask=m_partials, other=0.0, cache_modifier=".cg")
+        its_m2 = tl.load(p_count + 2 * between, mask=m_partials, other=0.0, cache_modifier=".cg")
+        delta = tl.where(m_partials, its_mean - origin[None, :] - mean, 0.0)
         share = count / tl.maximum(total + count, 1.0)
-        m2 += split_m2 + delta * delta * (total * share)
+        m2 += its_m2 + delta * delta * (total * share)
         mean += delta * share
         total += count
-    of_all = tl.sum(total * mean, 0) / tl.sum(total, 0)
-    mean -= of_all[None, :]
-    return origin + of_all, tl.sum(m2 + total * mean * mean, 0)
+    count_of_all = tl.sum(total, 0)
+    mean_of_all = tl.sum(total * mean, 0) / count_of_all
+    mean -= mean_of_all[None, :]
+    return count_of_all, origin + mean_of_all, tl.sum(m2 + total * mean * mean, 0)
 
 
 @triton.jit
@@ -346,7 +368,7 @@ def finish(
 @triton.jit(do_not_specialize=SIZES)
 def repair_kernel(
     x_ptr, residual_ptr, y_ptr, bits_ptr, counter_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, padded, row_bytes, plane,
+    outer_size, channels, inner_v, chunks, items, items_per_split, bundle, padded, row_bytes, plane,
     x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr, VECTOR: tl.constexpr,

@@ -81,7 +81,7 @@ def forward(
             kernels_forward.stream_kernel, launch.grid,
             (source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
              _as_bytes(dense_clipped), num_batches_tracked, limits, dense_state, saved, workspace,
-             tickets(x.device, 1 if launch.alone else launch.channel_tiles)),
+             tickets(x.device, plan.tickets)),
             integers, floats, plan.summing, x.device,
         )  # fmt: skip
         if not launch.alone:
@@ -162,7 +162,7 @@ def backward(
             workspace = torch.empty(plan.workspace, dtype=acc, device=x.device)
             launcher.launch(
                 kernels_backward.reduce_kernel, launch.grid,
-                (*tensors, dweight, dbias, workspace, tickets(x.device, launch.channel_tiles)),
+                (*tensors, dweight, dbias, workspace, tickets(x.device, plan.tickets)),
                 plan.integers[:-4], (plan.values,), plan.summing, x.device,
             )  # fmt: skip
             if needs_dx or needs_dresidual:
@@ -185,6 +185,7 @@ class Plan(NamedTuple):
     writing: Constants  # of the one that only writes
     values: float  # of a channel
     workspace: int  # elements
+    tickets: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -204,9 +205,11 @@ def _plan(
     launch = config.launch_for(
         direction, shape, dtype.itemsize, strides, config.multiprocessors_of(device), many_registers, has_bits
     )  # fmt: skip
+    bundle = launch.bundle(acc.itemsize)
+    bundles = -(-launch.splits // bundle)
     geometry = (
         shape.outer, shape.channels, launch.row // launch.vector, launch.chunks, launch.items, launch.items_per_split,
-        launch.padded_channels, (shape.inner + 7) // 8, launch.plane,
+        bundle, launch.padded_channels, (shape.inner + 7) // 8, launch.plane,
     )  # fmt: skip
     tile = {
         "ACC": _ACC[acc], "ACTIVATION": ACTIVATION_CODES[activation], "CHANNELS_LAST": launch.channels_last,
@@ -217,10 +220,10 @@ def _plan(
     if direction == "forward":
         sums |= {"CUMULATIVE": cumulative, "ALONE": launch.alone}
     values = shape.outer * (1 if shape.channels_last else shape.inner)
-    rows = kernels.COEFFICIENT_ROWS + kernels.PARTIAL_ROWS * launch.splits
+    rows = kernels.COEFFICIENT_ROWS + kernels.PARTIAL_ROWS * (launch.splits + bundles)
     return Plan(
         launch, acc, (*geometry, *(stride // launch.vector for stride in strides)), Constants(**tile, **sums),
-        Constants(**tile), float(values), rows * launch.padded_channels,
+        Constants(**tile), float(values), rows * launch.padded_channels, launch.channel_tiles * (bundles + 1),
     )  # fmt: skip
 
 
