@@ -42,11 +42,9 @@ class Constants:
 
     launch: float  # of a call's first kernel, empty
     next_launch: float  # of one behind it
-    begin: float  # a program, before its first item
-    latency: float  # of a program's item, loaded while another is worked on
-    unhidden: float  # more, where not all is asked for ahead
-    end: float  # a program, after its last item
-    finish: float  # what follows from a channel's statistics
+    program: float  # before its first item and after its last
+    item: float  # of a program, however few there are: the latency of memory
+    finish: float  # of a forward: what follows from a channel's statistics
     trip: float  # to L2 for partial results
     reading: float  # bandwidth where all is read, of a copy's
     mixing: float  # where some is written
@@ -54,8 +52,8 @@ class Constants:
 
 
 H100 = Constants(
-    launch=1.82e-6, next_launch=4.5e-6, begin=1.04e-6, latency=0.69e-6, unhidden=0.66e-6, end=1.1e-6, finish=2.58e-6,
-    trip=0.75e-6, reading=0.96, mixing=0.95, kept=0.48,
+    launch=2.9e-6, next_launch=3.4e-6, program=1.1e-6, item=0.6e-6, finish=3.2e-6, trip=0.65e-6, reading=1.0,
+    mixing=0.92, kept=0.27,
 )  # fmt: skip
 
 
@@ -150,19 +148,18 @@ def kernel(
     read = written = 0.0
     if not steps:
         return Kernel(launched.variant.kernel, compiled.registers, compiled.shared, programs, room, 0, 0, 0, seconds)
-    alone = numbers.get("ALONE", launched.variant.kernel == "alone_kernel")
+    finish = k.finish if launched.variant.kernel == "stream_kernel" else 0.0
     for count, rounds in _rounds(programs, slots):
-        seconds += rounds * (k.begin + k.end + (k.finish if alone else 0.0))
+        seconds += rounds * (k.program + (finish if numbers.get("ALONE") else 0.0))
         for walk in steps:
             moved = _from_memory(walk, programs, launched, pass_bytes, slots, known)
             share = tile_bytes * moved * count / (gpu.copy * (k.reading if walk.written == 0 else k.mixing))
-            latency = k.latency + (0.0 if walk.ahead else k.unhidden)
-            seconds += rounds * numbers["items_per_split"] * max(latency, share)
+            seconds += rounds * numbers["items_per_split"] * max(k.item, share)
     for walk in steps:
         moved = _from_memory(walk, programs, launched, pass_bytes, slots, known)
         read += pass_bytes * (moved - walk.written)
         written += pass_bytes * walk.written
-    seconds += k.trip * trips(launched) + (k.finish if trips(launched) else 0.0)
+    seconds += k.trip * trips(launched) + (finish if trips(launched) else 0.0)
     at_once = max(walk.read if not walk.ahead else 1.0 for walk in steps)
     tile = numbers["OUTER"] * numbers["INNER"] * numbers["itemsize"]
     return Kernel(

@@ -50,7 +50,7 @@ SETTINGS = {
 }
 # Narrow accesses, float64, packing bits, half-precision planes side by side, the derivatives of smooth activations, and
 # both passes in one launch need more registers
-PROGRAMS_OF_MANY_REGISTERS = 2
+WARPS_OF_MANY_REGISTERS = 8  # of all programs on a multiprocessor
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
 MIN_INNER = 8  # a byte of packed bits
@@ -61,7 +61,8 @@ DIRECT_TRIPS = 3  # by which one program merges all; for more, several do that s
 
 MAX_COLUMNS = 2**28  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64)
 MAX_WAVES = 8  # of programs
-ITEMS_WITHOUT_SPLIT = 4  # so few take about as long as another launch (by estimate, not measured)
+ITEMS_WITHOUT_SPLIT = 4  # so few take about as long as another launch
+SECOND_LAUNCH = 2  # its cost and that of merging, in items of a full wave
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,10 @@ def launch_for(
         strides = strides[::2]
     settings = SETTINGS[direction, layout.channels_last]
     vector = _common_vector(access, (layout.inner, *strides))
+    if direction == "forward" and not layout.channels_last and layout.channels > multiprocessors * settings.programs:
+        settings = _smaller(settings, layout.channels / multiprocessors)
     if many_registers or vector < access or itemsize == 8 or (side_by_side > 1 and itemsize == 2):
-        settings = dataclasses.replace(settings, programs=PROGRAMS_OF_MANY_REGISTERS)
+        settings = _of_many_registers(settings)
     per_thread = settings.accesses * access if vector == access else min(settings.accesses * access, MAX_NARROW)
     elements = settings.warps * 32 * per_thread
     chunks, tile_channels = 1, side_by_side
@@ -165,7 +168,7 @@ def launch_for(
     items = -(-layout.outer // outer) * chunks
     items_per_split, splits = _split(items, channel_tiles, multiprocessors * settings.programs)
     if splits == 1:
-        settings = dataclasses.replace(settings, programs=PROGRAMS_OF_MANY_REGISTERS)
+        settings = _of_many_registers(settings)
     group_rows = layout.channels_last or vector < access
     return Launch(
         channels_last=layout.channels_last,
@@ -187,6 +190,21 @@ def launch_for(
     )
 
 
+def _of_many_registers(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, programs=min(settings.programs, WARPS_OF_MANY_REGISTERS // settings.warps))
+
+
+def _smaller(settings: Settings, channels: float) -> Settings:
+    """Smaller programs and more of them, for so many channels a multiprocessor that all begin at once.
+
+    What a program does before and after its items then goes on beside other programs' items, and nobody's channels wait
+    for a second wave.
+    """
+    warps = settings.warps * settings.programs
+    of_each = 1 << max(0, int(warps / channels).bit_length() - 1)
+    return dataclasses.replace(settings, warps=of_each, programs=warps // of_each)
+
+
 def _side_by_side(layout: Layout, access: int, strides: tuple[int, ...], most_columns: int) -> int:
     """Channels whose planes are to be a row of whole accesses; 1 if a plane is one, or if nothing makes them so."""
     channels = access // math.gcd(access, layout.inner)
@@ -201,7 +219,7 @@ def _split(items: int, tiles_at_once: int, programs: int) -> tuple[int, int]:
     """Items of a split, and splits of a channel tile, such that the last wave of programs ends soonest.
 
     Each wave is ``programs`` programs; a program costs one item more than it has, since it starts with nothing in
-    flight. Of equal costs the fewest splits: they are merged in the end.
+    flight. Of equal costs the fewest splits.
     """
     if items <= ITEMS_WITHOUT_SPLIT:
         return items, 1
@@ -210,7 +228,7 @@ def _split(items: int, tiles_at_once: int, programs: int) -> tuple[int, int]:
         wanted = max(1, min(waves * programs // tiles_at_once, items))
         items_per_split = -(-items // wanted)
         splits = -(-items // items_per_split)
-        cost = -(-splits * tiles_at_once // programs) * (items_per_split + 1)
+        cost = -(-splits * tiles_at_once // programs) * (items_per_split + 1) + (SECOND_LAUNCH if splits > 1 else 0)
         best = min(best, (cost, splits, items_per_split))
     return best[2], best[1]
 

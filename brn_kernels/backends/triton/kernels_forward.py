@@ -83,6 +83,9 @@ def stream_kernel(
         x_ptr, first, end, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST,
         OUTER, INNER, CT,
     )  # fmt: skip
+    step = tl.full([], 0, tl.int64)
+    if counter_ptr is not None:
+        step = tl.load(counter_ptr)
     speculates = False
     pivot = tl.zeros([COLUMNS], ACC)
     scale = tl.zeros([COLUMNS], ACC)
@@ -90,11 +93,14 @@ def stream_kernel(
     predicted = tl.zeros([COLUMNS], tl.int32)
     if running_mean_ptr is not None:
         pivot, scale, shift, predicted = prediction(
-            running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
+            running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, step, limits_ptr, auto_ptr,
             channels, o_columns, m_columns, r_max, d_max, hold, r_ramp, d_ramp, eps, ACC,
         )  # fmt: skip
         speculates = tl.max(predicted, 0) > 0
 
+    if ALONE and counter_ptr is not None:  # there is no second launch to advance it; meanwhile x is on its way
+        if arrive(tickets_ptr, tl.num_programs(0)):
+            tl.store(counter_ptr, step + 1)
     first_count = values_of(first, chunks, outer_size, inner_v * VECTOR, CHANNELS_LAST, OUTER, INNER)
     origin = in_channels(b_next.to(ACC), CHANNELS_LAST) / first_count.to(ACC)
     s1 = tl.zeros([ROWS, COLUMNS], ACC)
@@ -139,9 +145,9 @@ def stream_kernel(
     if ALONE:
         o_pivot, o_scale, o_shift, wrong = finish(
             mean, m2, predicted, o_channels,
-            running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
-            saved_ptr, workspace_ptr, channels, padded, r_max, d_max, hold, r_ramp, d_ramp, momentum, eps, values,
-            ACC, CUMULATIVE,
+            running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, step, limits_ptr,
+            auto_ptr, saved_ptr, workspace_ptr, channels, padded, r_max, d_max, hold, r_ramp, d_ramp, momentum, eps,
+            values, ACC, CUMULATIVE,
         )  # fmt: skip
         tl.debug_barrier()  # other threads than repair it may have written y wrongly
         repair(
@@ -152,14 +158,11 @@ def stream_kernel(
             x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
             ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
         )  # fmt: skip
-        if counter_ptr is not None:
-            if arrive(tickets_ptr, tl.num_programs(0)):
-                tl.store(counter_ptr, tl.load(counter_ptr) + 1)
     else:
         bundles = tl.cdiv(splits, bundle)
         mine, between = split // bundle, (splits + bundles) * padded
         p_partials = workspace_ptr + 4 * padded + o_channels
-        put(p_partials + split * padded, between, b_count, mean, m2)
+        put(p_partials + split * padded, between, tl.where(predicted != 0, b_count, -b_count), mean, m2)
         in_mine = tl.minimum(bundle, splits - mine * bundle)
         is_last = arrive(tickets_ptr + tile * (bundles + 1) + mine, in_mine)
         if is_last:
@@ -173,8 +176,8 @@ def stream_kernel(
                     b_count, mean, m2 = merge(p_bundles, bundles, padded, between, ACC, CT, MERGE_ROWS)
         if is_last:
             finish(
-                mean, m2, predicted, o_channels,
-                running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr,
+                mean, m2, (b_count > 0.0).to(tl.int32), o_channels,
+                running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, step, limits_ptr,
                 auto_ptr, saved_ptr, workspace_ptr, channels, padded, r_max, d_max, hold, r_ramp, d_ramp, momentum,
                 eps, values, ACC, CUMULATIVE,
             )  # fmt: skip
@@ -210,7 +213,7 @@ def merge_planes(count, origin, shift, m2, plane, INNER: tl.constexpr, CT: tl.co
 
 @triton.jit
 def prediction(
-    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
+    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, step, limits_ptr, auto_ptr,
     channels, o_channels, m_channels, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp, eps: tl.float64,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -219,7 +222,7 @@ def prediction(
     Predicted: the limits are open and the channel was not clipped at the last step.
     """
     r_limit, d_limit = limits_now(
-        counter_ptr, limits_ptr, auto_ptr, channels, o_channels, m_channels, r_max, d_max, hold, r_ramp, d_ramp, ACC
+        step, limits_ptr, auto_ptr, channels, o_channels, m_channels, r_max, d_max, hold, r_ramp, d_ramp, ACC
     )  # fmt: skip
     running_mean = tl.load(running_mean_ptr + o_channels, mask=m_channels, other=0.0).to(ACC)
     running_var = tl.load(running_var_ptr + o_channels, mask=m_channels, other=1.0).to(ACC)
@@ -271,9 +274,11 @@ def merge(
 ):  # fmt: skip
     """Count, mean and squares about it, (CT,) each, of partial results that lie ``padded`` apart, in a fixed order.
 
-    Chan's formula, for those that lie MERGE_ROWS apart, then for the rows: each is read once.
+    Chan's formula, for those that lie MERGE_ROWS apart, then for the rows: each is read once. A count is negative where
+    a channel was predicted to be clipped by any of them: they may disagree, if the same layer runs on another stream.
     """
     total = tl.zeros([MERGE_ROWS, CT], ACC)
+    written = tl.zeros([MERGE_ROWS, CT], ACC)
     mean = tl.zeros([MERGE_ROWS, CT], ACC)
     m2 = tl.zeros([MERGE_ROWS, CT], ACC)
     origin = tl.load(p_partials + between, cache_modifier=".cg")  # close to the mean: fewer digits lost
@@ -281,24 +286,28 @@ def merge(
         o_partials = start + tl.arange(0, MERGE_ROWS)
         p_count = p_partials[None, :] + (o_partials * padded)[:, None]
         m_partials = (o_partials < number_of_them)[:, None]
-        count = tl.load(p_count, mask=m_partials, other=0.0, cache_modifier=".cg")
+        signed_count = tl.load(p_count, mask=m_partials, other=0.0, cache_modifier=".cg")
         its_mean = tl.load(p_count + between, mask=m_partials, other=0.0, cache_modifier=".cg")
         its_m2 = tl.load(p_count + 2 * between, mask=m_partials, other=0.0, cache_modifier=".cg")
+        count = tl.abs(signed_count)
         delta = tl.where(m_partials, its_mean - origin[None, :] - mean, 0.0)
         share = count / tl.maximum(total + count, 1.0)
         m2 += its_m2 + delta * delta * (total * share)
         mean += delta * share
         total += count
+        written += signed_count
     count_of_all = tl.sum(total, 0)
     mean_of_all = tl.sum(total * mean, 0) / count_of_all
     mean -= mean_of_all[None, :]
-    return count_of_all, origin + mean_of_all, tl.sum(m2 + total * mean * mean, 0)
+    m2_of_all = tl.sum(m2 + total * mean * mean, 0)
+    signed_count_of_all = tl.where(tl.sum(written, 0) == count_of_all, count_of_all, -count_of_all)
+    return signed_count_of_all, origin + mean_of_all, m2_of_all
 
 
 @triton.jit
 def finish(
     batch_mean, m2, predicted, o_channels,
-    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, limits_ptr, auto_ptr,
+    running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, step, limits_ptr, auto_ptr,
     saved_ptr, workspace_ptr, channels, padded, r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp,
     momentum: tl.float64, eps: tl.float64, values: tl.float64, ACC: tl.constexpr, CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -320,7 +329,7 @@ def finish(
         running_var = tl.load(running_var_ptr + o_channels, mask=m_channels, other=1.0).to(ACC)
         running_std = tl.sqrt(running_var + number(eps, ACC))
         r_limit, d_limit = limits_now(
-            counter_ptr, limits_ptr, auto_ptr, channels, o_channels, m_channels, r_max, d_max, hold, r_ramp, d_ramp,
+            step, limits_ptr, auto_ptr, channels, o_channels, m_channels, r_max, d_max, hold, r_ramp, d_ramp,
             ACC,
         )  # fmt: skip
         r = batch_std / running_std
@@ -337,10 +346,10 @@ def finish(
 
         factor = number(momentum, ACC)
         if CUMULATIVE:
-            factor = 1.0 / (tl.load(counter_ptr) + 1).to(ACC)
+            factor = 1.0 / (step + 1).to(ACC)
         elif auto_ptr is not None and counter_ptr is not None:
             warmup = number(WARMUP, ACC)
-            at_least = warmup / (tl.load(counter_ptr).to(ACC) + warmup)
+            at_least = warmup / (step.to(ACC) + warmup)
             factor = tl.where(factor > 0.0, tl.maximum(factor, at_least), factor)
         unbiased_var = batch_var * (m_values / (m_values - 1.0))
         new_mean = (running_mean + factor * (batch_mean - running_mean)).to(running_mean_ptr.dtype.element_ty)

@@ -14,12 +14,12 @@ WARMUP = tl.constexpr(auto_limits.WARMUP)
 
 @triton.jit
 def limits_now(
-    counter_ptr, limits_ptr, auto_ptr, channels, o_channels, m_channels,
+    step, limits_ptr, auto_ptr, channels, o_channels, m_channels,
     r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp, ACC: tl.constexpr,
 ):  # fmt: skip
     """r_max and d_max in force: those of ``auto_ptr``, (CT,) each, if given; else two numbers.
 
-    Those are ``limits_ptr``'s if given, else the schedule's at the counter (``schedule.py``).
+    Those are ``limits_ptr``'s if given, else the schedule's at ``step`` (``schedule.py``).
     """
     if auto_ptr is not None:
         count = tl.load(auto_ptr + o_channels, mask=m_channels, other=0.0).to(ACC)
@@ -32,9 +32,6 @@ def limits_now(
         r_limit = tl.load(limits_ptr).to(ACC)
         d_limit = tl.load(limits_ptr + 1).to(ACC)
     else:
-        step = tl.full([], 0, tl.int64)
-        if counter_ptr is not None:
-            step = tl.load(counter_ptr)
         since = step - hold
         r_limit = ramp_at(since, 1.0, r_max, r_ramp, ACC)
         d_limit = ramp_at(since, 0.0, d_max, d_ramp, ACC)
