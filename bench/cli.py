@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("out", type=Path, metavar="CSV")
     profile.set_defaults(run=_profile)
 
+    predict = commands.add_parser("predict", help="how long the Triton kernels should take, by a model; needs no GPU")
+    predict.add_argument("out", type=Path, metavar="CSV")
+    predict.add_argument("--gpu", choices=("h100", "h200"), default="h100", help="default: %(default)s")
+    predict.add_argument("--measured", type=Path, metavar="RUN.csv", help="a run to put beside it")
+    predict.set_defaults(run=_predict)
+
     bars = commands.add_parser("bars", help="judge a run by the speeds aimed at; exit status 1 if one is missed")
     bars.add_argument("csv", type=Path)
     bars.set_defaults(run=_bars)
@@ -149,6 +155,14 @@ def _profile(arguments: argparse.Namespace) -> int:
     from .profile import run
 
     print(run(arguments.out))
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from .predict import errors, run
+
+    print(run(arguments.out, arguments.gpu, arguments.measured))
+    print(errors(arguments.out))
     return 0
 
 

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from brn_kernels.backends import reference
 from brn_kernels.backends.triton import kernels_backward, kernels_forward, launch
+from brn_kernels.backends.triton.kernels_common import SIZES
 
 KERNELS = {
     kernels_forward: ("stream_kernel", "repair_kernel"),
@@ -84,9 +85,9 @@ class _Recorder:
         """A launch."""
         options = {name: keywords.pop(name) for name in ("num_warps", "maxnreg") if name in keywords}
         signature, constants, divisible, numbers, tensors = {}, dict(keywords), [], dict(keywords), {}
-        for parameter, value in zip(self.kernel.params, arguments, strict=False):
-            name = parameter.name
-            if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+        for name, value in zip(self.kernel.arg_names, arguments, strict=False):
+            specialized = name not in SIZES
+            if value is None or (isinstance(value, int) and value == 1 and specialized):
                 constants[name] = value
             elif isinstance(value, torch.Tensor):
                 signature[name] = "*" + TRITON_TYPES[value.dtype]
@@ -97,13 +98,13 @@ class _Recorder:
                 signature[name] = "fp64"
             else:
                 signature[name] = "i64" if abs(value) >= 2**31 else "i32"
-                divisible += [name] if value % 16 == 0 and not parameter.do_not_specialize else []
+                divisible += [name] if value % 16 == 0 and specialized else []
             numbers[name] = value
         for name in constants:
             signature[name] = "constexpr"
         itemsize = next(t.dtype.itemsize for name, t in tensors.items() if name in BULK)
         variant = Variant(
-            self.name, keywords["VECTOR"] * itemsize, tuple((p.name, signature[p.name]) for p in self.kernel.params),
+            self.name, keywords["VECTOR"] * itemsize, tuple((name, signature[name]) for name in self.kernel.arg_names),
             tuple(sorted(constants.items(), key=lambda pair: pair[0])), tuple(divisible), tuple(options.items()),
         )  # fmt: skip
         numbers |= options | {"itemsize": itemsize}
@@ -169,7 +170,7 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
     os.environ.pop("TRITON_INTERPRET", None)
     module = next(module for module, names in KERNELS.items() if variant.kernel in names)
     kernel = getattr(module, variant.kernel)
-    position = {parameter.name: i for i, parameter in enumerate(kernel.params)}
+    position = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         kernel, dict(variant.signature), {(position[n],): value for n, value in variant.constants},
         {(position[n],): [["tt.divisibility", 16]] for n in variant.divisible},

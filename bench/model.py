@@ -59,11 +59,10 @@ H100 = Constants(
 
 @dataclass(frozen=True)
 class Walk:
-    """One way through a kernel's items: tensors read and written, in passes, and what it need not wait for."""
+    """One way through a kernel's items: tensors read and written, in passes."""
 
     read: float
     written: float
-    ahead: bool = False  # the next item is asked for before the present one is worked on
     again: bool = False  # what it reads was read before, most recently what it reads first
 
 
@@ -90,8 +89,7 @@ def walks(launched: Launched, state: str) -> list[Walk]:
         writing = (1.0 + ("residual_ptr" in tensors), 1.0 + bits)
         if name == "repair_kernel":
             return [] if state == "open" else [Walk(*writing, again=True)]
-        ahead = "residual_ptr" not in tensors
-        found = [Walk(*writing, ahead) if state == "open" else Walk(1.0, 0.0, ahead=True)]
+        found = [Walk(*writing) if state == "open" else Walk(1.0, 0.0)]
         if launched.numbers["ALONE"] and state == "closed":
             found.append(Walk(*writing, again=True))
         return found
@@ -160,7 +158,7 @@ def kernel(
         read += pass_bytes * (moved - walk.written)
         written += pass_bytes * walk.written
     seconds += k.trip * trips(launched) + (finish if trips(launched) else 0.0)
-    at_once = max(walk.read if not walk.ahead else 1.0 for walk in steps)
+    at_once = 1.0 if launched.variant.kernel == "stream_kernel" else steps[0].read  # the former asks for x ahead
     tile = numbers["OUTER"] * numbers["INNER"] * numbers["itemsize"]
     return Kernel(
         launched.variant.kernel, compiled.registers, compiled.shared, programs, room,
@@ -176,9 +174,7 @@ def _rounds(programs: int, slots: int) -> Iterator[tuple[int, float]]:
         yield programs % slots, 1
 
 
-def _from_memory(
-    walk: Walk, programs: int, launched: Launched, pass_bytes: float, slots: int, known: float
-) -> float:  # fmt: skip
+def _from_memory(walk: Walk, programs: int, launched: Launched, pass_bytes: float, slots: int, known: float) -> float:
     """Passes that a walk moves from or to memory; what was read a moment ago is found in L2."""
     if not walk.again:
         return walk.read + walk.written

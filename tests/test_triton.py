@@ -159,12 +159,12 @@ def test_the_most_channels_are_counted_in_32_bits(channels_last):
 
 
 @pytest.fixture
-def bundles(tiny_tiles, monkeypatch):
+def bundles(tiny_tiles, monkeypatch, device):
     """Partial results are merged two at a time, however few there are; counters begin at zero and are watched."""
-    counters = torch.zeros(4096, dtype=torch.int32)
+    counters = torch.zeros(4096, dtype=torch.int32, device=device)
     monkeypatch.setattr(config, "DIRECT_TRIPS", 0)
     monkeypatch.setattr(config.Launch, "merge_rows", lambda *_: 2)
-    monkeypatch.setattr(launch, "tickets", lambda device, count: counters.to(device)[:count])
+    monkeypatch.setattr(launch, "tickets", lambda _, count: counters[:count])
     return counters
 
 

@@ -200,17 +200,18 @@ def reduce_kernel(
     )  # fmt: skip
     o_channels = tile * CT + tl.arange(0, CT)
     bundles = tl.cdiv(splits, bundle)
+    p_tickets = tickets_ptr + tile * tl.where(bundles > 1, bundles + 1, 1)
     mine, between = split // bundle, (splits + bundles) * padded
     p_partials = workspace_ptr + 2 * padded + o_channels
     put(p_partials + split * padded, between, s1, s2)
     in_mine = tl.minimum(bundle, splits - mine * bundle)
-    is_last = arrive(tickets_ptr + tile * (bundles + 1) + mine, in_mine)
+    is_last = arrive(p_tickets + mine, in_mine)
     if is_last:
         p_mine = p_partials + mine * bundle * padded
         s1, s2 = merge(p_mine, in_mine, padded, between, ACC, CT, MERGE_ROWS)
         if bundles > 1:
             put(p_partials + (splits + mine) * padded, between, s1, s2)
-            is_last = arrive(tickets_ptr + tile * (bundles + 1) + bundles, bundles)
+            is_last = arrive(p_tickets + bundles, bundles)
             if is_last:
                 s1, s2 = merge(p_partials + splits * padded, bundles, padded, between, ACC, CT, MERGE_ROWS)
     if is_last:

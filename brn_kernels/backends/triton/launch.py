@@ -223,7 +223,8 @@ def _plan(
     rows = kernels.COEFFICIENT_ROWS + kernels.PARTIAL_ROWS * (launch.splits + bundles)
     return Plan(
         launch, acc, (*geometry, *(stride // launch.vector for stride in strides)), Constants(**tile, **sums),
-        Constants(**tile), float(values), rows * launch.padded_channels, launch.channel_tiles * (bundles + 1),
+        Constants(**tile), float(values), rows * launch.padded_channels,
+        1 if direction == "forward" and launch.alone else launch.channel_tiles * (bundles + (bundles > 1)),
     )  # fmt: skip
 
 

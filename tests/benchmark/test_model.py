@@ -1,0 +1,109 @@
+"""The model of how long the Triton kernels take: exact where it counts, sane where it estimates."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bench import model, predict  # noqa: E402
+from bench.cases import Case, Layer  # noqa: E402
+from bench.compiled import Compiled, launches  # noqa: E402
+from bench.record import RESULTS  # noqa: E402
+
+H100 = model.GPUS["h100"]
+FEW = Compiled(registers=64, stack=0, spills=0, shared=16, narrowest=16)
+LARGE = Case(Layer("x", 256, 256, (56, 56), "relu"), "bfloat16", "channels_last")
+ADDING = Case(Layer("x", 256, 256, (56, 56), "add_relu"), "bfloat16", "channels_last")
+SMALL = Case(Layer("x", 4, 64, (8, 8), "plain"), "float32", "contiguous")
+
+
+@pytest.fixture(autouse=True)
+def not_compiled(monkeypatch):
+    """Whatever is compiled needs 64 registers: the interpreter, which the tests run in, cannot compile."""
+    monkeypatch.setattr(model, "_compiled", lambda *_: FEW)
+
+
+def passes(case, direction, state="open"):
+    kernels = model.predict(Case(case.layer, case.dtype, case.layout, state), direction, H100)
+    return [(k.name.removesuffix("_kernel"), k.read / case.bytes, k.written / case.bytes) for k in kernels]
+
+
+def test_bytes_are_those_of_the_documentation():
+    assert passes(LARGE, "forward") == [("stream", 1, 1), ("repair", 0, 0)]
+    kept = model.H100.kept * H100.l2 / LARGE.bytes  # found in L2 again
+    closed = passes(LARGE, "forward", "closed")
+    assert closed == [("stream", 1, 0), ("repair", pytest.approx(1 - kept), 1)]
+    assert passes(LARGE, "backward") == [("reduce", 2, 0), ("apply", pytest.approx(2 - kept), 1)]
+    bits = 1 / 16
+    assert passes(ADDING, "forward") == [("stream", 2, 1 + bits), ("repair", 0, 0)]
+    assert passes(ADDING, "backward") == [("reduce", 2 + bits, 0), ("apply", pytest.approx(2 + bits - kept), 2)]
+    assert [name for name, *_ in passes(SMALL, "forward") + passes(SMALL, "backward")] == ["stream", "alone"]
+
+
+@pytest.mark.parametrize("direction, least", [("forward", 2), ("backward", 5)])
+@pytest.mark.parametrize("state", ["open", "closed"])
+def test_large_layers_take_about_as_long_as_their_passes(direction, least, state):
+    seconds = sum(
+        k.seconds for k in model.predict(Case(LARGE.layer, "bfloat16", "channels_last", state), direction, H100)
+    )
+    passes = least + (direction == "forward" and state == "closed")
+    assert 0.95 < seconds / (passes * LARGE.bytes / H100.copy) < 1.25
+
+
+def test_more_registers_leave_room_for_fewer_programs():
+    stream = launches(LARGE.layer.shape, True, torch.bfloat16, "relu", False)[0]
+    rooms = [model.resident(stream, Compiled(n, 0, 0, 1024, 16)) for n in (32, 64, 128, 168, 255)]
+    assert rooms == [16, 8, 4, 3, 2]  # of four warps each
+    assert model.resident(stream, Compiled(32, 0, 0, 100_000, 16)) == 2  # shared memory
+
+
+def test_partial_results_of_many_splits_are_merged_in_few_trips():
+    many = launches((256, 64, 112, 112), True, torch.bfloat16, "relu", False)[0]
+    assert math.prod(many.grid) > 300 and model.trips(many) <= 5
+    alone = launches(SMALL.layer.shape, False, torch.float32, None, False)[0]
+    assert model.trips(alone) == 0
+
+
+@pytest.mark.parametrize("state, direction", [("clip 10", "forward"), ("open", "both")])
+def test_what_it_does_not_know_is_an_error(state, direction):
+    with pytest.raises(ValueError, match="there is no model"):
+        model.predict(Case(LARGE.layer, "bfloat16", "channels_last", state), direction, H100)
+
+
+def test_measured_times_stand_beside_predicted_ones(tmp_path):
+    run = RESULTS / "nvidia-h100-80gb-hbm3-quick-6ac4c85.csv"
+    layer = Case(Layer("ResNet-50", 256, 128, (28, 28), "relu", 4), "bfloat16", "channels_last")
+    rows = pd.read_csv(predict.run(tmp_path / "a.csv", "h100", run, [layer]))
+    whole = rows[rows.kernel == "all"]
+    assert list(whole.direction) == ["forward", "backward"] and whole.measured_us.notna().all()
+    assert (whole.measured_by.str.contains("H100")).all()
+    for direction, group in rows.groupby("direction"):
+        parts, all_ = group[group.kernel != "all"], group[group.kernel == "all"].iloc[0]
+        assert parts.predicted_us.sum() == pytest.approx(all_.predicted_us, rel=1e-3), direction
+    assert "2 calls" in predict.errors(tmp_path / "a.csv")
+    predict.run(tmp_path / "b.csv", "h200", None, [layer])
+    assert predict.errors(tmp_path / "b.csv") == "nothing is measured yet"
+
+
+def test_a_run_of_other_layers_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="none of these calls"):
+        predict.run(tmp_path / "a.csv", "h100", sorted(RESULTS.glob("amd-*.csv"))[0], [LARGE])
+
+
+def test_a_kernel_is_compiled_for_a_gpu_that_is_not_there():
+    code = (
+        "import json, torch; from bench.compiled import launches, compile_variant;"
+        "one = launches((64, 64, 56, 56), False, torch.float32, None, False)[3];"
+        "found = compile_variant(one.variant, 90);"
+        "print(json.dumps([one.variant.kernel, found.registers, found.spills, found.narrowest]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    kernel, registers, spills, narrowest = json.loads(done.stdout.splitlines()[-1])
+    assert kernel == "apply_kernel" and 16 <= registers <= 255 and spills == 0 and narrowest == 16
