@@ -1,10 +1,10 @@
 """The forward in two launches: ``stream_kernel`` and ``repair_kernel``.
 
 ``stream_kernel`` reads x once. It gathers the batch statistics and, for channels predicted not to be clipped, already
-writes y from the running statistics. The last program of a bundle of splits merges theirs, the last of a channel
-tile's bundles those of all and finishes the statistics: r, d, the running
-statistics, what the backward needs, and which channels were not written rightly. ``repair_kernel`` writes those, from
-the end towards the beginning so that its first reads hit the L2 cache; if there are none it returns at once.
+writes y from the running statistics. The last program of a bundle of splits merges theirs, the last of a channel tile's
+bundles merges those and finishes the statistics: r, d, the running statistics, what the backward needs, and which
+channels were not written rightly. ``repair_kernel`` writes those, from the end towards the beginning so that its first
+reads hit the L2 cache; if there are none it returns at once.
 
 Workspace, rows of ``padded`` values: 0 pivot, 1 scale, 2 shift (y = (x - pivot) * scale + shift), 3 whether it is to be
 repaired (in channels_last 8 channels are together: a 16-byte access never sees a mask change within it), then for each
