@@ -17,6 +17,19 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #endif
 
+// The emulated CUDA part (csrc/emulation) runs on CPUs, beside the real one's operators.
+#ifdef BRN_EMULATED
+#define BRN_OPERATORS brn_kernels_emulated
+#define BRN_DEVICE CPU
+#else
+#define BRN_OPERATORS brn_kernels_native
+#ifdef BRN_CUDA
+#define BRN_DEVICE CUDA
+#else
+#define BRN_DEVICE CPU
+#endif
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -93,15 +106,17 @@ void* coefficients_of(const Tensor& coefficients, const Tensor& x, const brn::La
 }
 
 #ifdef BRN_CUDA
+void check_cuda(int error) { STD_TORCH_CHECK(error == 0, brn::error_message(error)); }
+
 template <typename Arguments>
 void run(int (*launch)(const Arguments&, int, void*, void*), const Arguments& arguments, const Tensor& x) {
   const int device = x.get_device_index();
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const int64_t bytes = brn::workspace_bytes(arguments.layout, arguments.dtype, device);
+  int64_t bytes = 0;
+  check_cuda(brn::workspace_bytes(arguments.layout, arguments.dtype, device, &bytes));
   const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-  const int error = launch(arguments, device, stream, workspace.data_ptr());
-  STD_TORCH_CHECK(error == 0, brn::error_message(error));
+  check_cuda(launch(arguments, device, stream, workspace.data_ptr()));
 }
 #else
 template <typename Arguments>
@@ -198,17 +213,9 @@ void backward(Tensor dy, Tensor x, MaybeTensor residual, MaybeTensor bits, Maybe
 
 }  // namespace
 
-#ifdef BRN_CUDA
+#if !defined(BRN_CUDA) || defined(BRN_EMULATED)
 
-STABLE_TORCH_LIBRARY_IMPL(brn_kernels_native, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&forward));
-  m.impl("apply", TORCH_BOX(&apply));
-  m.impl("backward", TORCH_BOX(&backward));
-}
-
-#else
-
-STABLE_TORCH_LIBRARY(brn_kernels_native, m) {
+STABLE_TORCH_LIBRARY(BRN_OPERATORS, m) {
   m.def(
       "forward(Tensor x, Tensor? residual, Tensor(a!) y, Tensor(b!)? bits, Tensor? weight, Tensor? bias,"
       " Tensor(c!)? running_mean, Tensor(d!)? running_var, Tensor(e!)? num_batches_tracked, Tensor(f!)? clipped,"
@@ -222,15 +229,19 @@ STABLE_TORCH_LIBRARY(brn_kernels_native, m) {
   m.def("instruction_set() -> str");
 }
 
-std::string instruction_set() { return brn::instruction_set(); }
+#endif
 
-STABLE_TORCH_LIBRARY_IMPL(brn_kernels_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(BRN_OPERATORS, BRN_DEVICE, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("apply", TORCH_BOX(&apply));
   m.impl("backward", TORCH_BOX(&backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(brn_kernels_native, CompositeExplicitAutograd, m) {
+#ifndef BRN_CUDA
+
+std::string instruction_set() { return brn::instruction_set(); }
+
+STABLE_TORCH_LIBRARY_IMPL(BRN_OPERATORS, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
 }
 

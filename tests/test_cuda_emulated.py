@@ -1,0 +1,155 @@
+"""The CUDA kernels on a CPU: compiled as C++, threads as fibers in random order (csrc/emulation)."""
+
+import emulated
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from native_calls import SCHEDULE, Case, check, to_channels_last
+from oracle import ACTIVATIONS
+
+from brn_kernels.backends import layout, native, reference
+
+LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def emulation(device, monkeypatch):
+    """Stands in for the library of the native backend. Skips, with the reason, where it cannot be compiled."""
+    if device.type != "cpu":
+        pytest.skip("an emulation on CPUs: a GPU runs the kernels themselves")
+    found = emulated.load()
+    if isinstance(found, str):
+        pytest.skip(found)
+    monkeypatch.setattr(torch.ops, "brn_kernels_native", found.operators, raising=False)
+    found.set_multiprocessors(4)
+    return found
+
+
+# each a way through the kernels: whole vectors or not, partial tiles and groups, one split or many, planes of one value
+SHAPES = [
+    (6, 3, 10, 12),
+    (3, 5, 7, 7),
+    (2, 24, 6, 6),
+    (40, 65, 3),
+    (9, 130),
+    (5, 7, 1, 33),
+    (1, 1, 90, 20),
+    (33, 8, 2, 2),
+]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_every_way_through_the_kernels(shape, channels_last, multiprocessors, emulation):
+    emulation.set_multiprocessors(multiprocessors)
+    check(Case(shape, torch.float32, channels_last, residual=True, activation="relu"))
+    check(Case(shape, torch.float64, channels_last, limits=(1e6, 1e6)))
+    check(Case(shape, torch.bfloat16, channels_last, limits=(1.0, 0.0), activation="relu"))
+    check(Case(shape, torch.float16, channels_last, residual=True, activation="silu"))
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    n=st.integers(1, 20), c=st.sampled_from([1, 2, 3, 7, 8, 16, 33, 64, 96]),
+    spatial=st.lists(st.integers(1, 12), max_size=3), channels_last=st.booleans(), dtype=st.sampled_from(DTYPES),
+    residual=st.booleans(), activation=st.sampled_from(list(ACTIVATIONS)),
+    limits=st.sampled_from([(1.0, 0.0), (1.2, 0.3), (3.0, 5.0), (1e6, 1e6)]),
+    multiprocessors=st.sampled_from([1, 4, 132]), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_any_call(n, c, spatial, channels_last, dtype, residual, activation, limits, multiprocessors, seed, emulation):
+    values = n
+    for size in spatial:
+        values *= size
+    if values < 8 or values * c > 30_000:  # of fewer, a variance is noise
+        return
+    emulation.set_multiprocessors(multiprocessors)
+    check(Case((n, c, *spatial), dtype, channels_last, residual, activation, limits, seed))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("shape", [(6, 40, 8, 8), (9, 24, 5, 5), (4, 7, 20, 20)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_bit_depends_on_the_prediction_or_the_order_of_threads(shape, channels_last, dtype):
+    case = Case(shape, dtype, channels_last, residual=True, activation="relu")
+    right, right_state = case.run(clipped=False)
+    wrong, wrong_state = case.run(clipped=True)
+    assert 0 < right_state[3].sum() < shape[1], "some clip, some do not"
+    for a, b in zip(right + tuple(right_state), wrong + tuple(wrong_state), strict=True):
+        assert torch.equal(a, b)
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    "offset, gap", [(0, 8), (8, 0), (1, 0), (0, 3)], ids=["rows", "start", "odd start", "odd rows"]
+)
+def test_views_with_gaps_between_rows(channels_last, offset, gap):
+    """With NaN between them that must not be read, and that must not be written; aligned, and not."""
+    case = Case((4, 16, 8, 8), torch.bfloat16, channels_last, residual=True, activation="relu")
+    expected, _ = case.run()
+    if channels_last:
+        wide = torch.full((4, 8, 8, offset + 16 + gap), float("nan"), dtype=torch.bfloat16)
+        view = wide[..., offset : offset + 16].movedim(-1, 1)
+    else:
+        wide = torch.full((4, offset + 16 + gap, 8, 8), float("nan"), dtype=torch.bfloat16)
+        view = wide[:, offset : offset + 16]
+    view.copy_(case.x)
+    case.x = view
+    assert layout.strides_in(view, layout.layout_of(view)) is not None, "used where it lies"
+    ours, _ = case.run()
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-4)
+    assert wide.isnan().sum() == wide.numel() - view.numel()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_channel_leaves_its_neighbours_alone(bad, channels_last):
+    case = Case((4, 30, 6, 6), torch.float32, channels_last, residual=True, activation="relu", limits=(1e6, 1e6))
+    (clean, *_), clean_state = case.run()
+    case.x[1, 7, 2, 3] = bad
+    (y, *_), state = case.run()
+    others = [i for i in range(30) if i != 7]
+    assert torch.equal(y[:, others], clean[:, others])
+    assert y[:, 7].isnan().all()
+    assert torch.equal(state[0][others], clean_state[0][others])
+    assert state[0][7] == case.running_mean[7] and state[1][7] == case.running_var[7], "its statistics did not move"
+    assert state[3][7] and not state[3][others].any()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("clipped", [False, True])
+def test_apply_computes_the_same_bits_as_the_forward(channels_last, clipped):
+    case = Case((5, 24, 6, 5), torch.float16, channels_last, activation="hardswish")
+    coefficients = torch.empty(3, 24)
+    state = [case.running_mean, case.running_var, torch.tensor(7), torch.full((24,), clipped)]
+    arguments = (case.weight, case.bias, *state, case.limits, SCHEDULE, 0.1, 1e-5, "hardswish")
+    y, _, _ = native.forward(case.x, None, None, *arguments, coefficients)
+    assert torch.equal(native.apply(case.x, coefficients, "hardswish"), y)
+
+
+@LAYOUTS
+def test_a_first_sample_unlike_all_others_does_not_spoil_the_variance(channels_last):
+    """Padding in front: the sums' origin is far from the mean."""
+    x = 1000 + torch.randn(300, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[0] = 0
+    x = to_channels_last(x) if channels_last else x
+    others = (*[None] * 9, SCHEDULE, 0.1, 1e-5, None)
+    _, saved, _ = native.forward(x, *others)
+    _, truth, _ = reference.forward(x.double(), *others)
+    torch.testing.assert_close(saved.double(), truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("failing", ["cudaGetDevice", "cudaSetDevice", "cudaDeviceGetAttribute", "cudaLaunchKernelEx"])
+def test_an_error_is_told_once(failing, emulation):
+    """What was left in the runtime was taken for the next call's error."""
+    case = Case((4, 8, 6, 6), torch.float32)
+    with emulation.before(lambda call: emulated.OUT_OF_MEMORY if call == failing else 0):
+        with pytest.raises(RuntimeError, match="an emulated error"):
+            case.run()
+    assert emulation.last_error() == 0
+    check(case)
