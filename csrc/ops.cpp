@@ -108,19 +108,32 @@ void* coefficients_of(const Tensor& coefficients, const Tensor& x, const brn::La
 #ifdef BRN_CUDA
 void check_cuda(int error) { STD_TORCH_CHECK(error == 0, brn::error_message(error)); }
 
+int64_t workspace_bytes(Tensor x, std::vector<int64_t> layout) {
+  STD_TORCH_CHECK(layout.size() == 4, "layout: channels_last, outer, channels, inner");
+  int64_t bytes = 0;
+  const brn::Layout shape = {layout[0] != 0, layout[1], layout[2], layout[3]};
+  check_cuda(brn::workspace_bytes(shape, dtype_of(x), x.get_device_index(), &bytes));
+  return bytes;
+}
+
 template <typename Arguments>
-void run(int (*launch)(const Arguments&, int, void*, void*), const Arguments& arguments, const Tensor& x) {
+void run(int (*launch)(const Arguments&, int, void*, void*), const Arguments& arguments, const Tensor& x,
+         const MaybeTensor& workspace) {
   const int device = x.get_device_index();
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   int64_t bytes = 0;
   check_cuda(brn::workspace_bytes(arguments.layout, arguments.dtype, device, &bytes));
-  const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-  check_cuda(launch(arguments, device, stream, workspace.data_ptr()));
+  STD_TORCH_CHECK(workspace.has_value() && workspace->scalar_type() == ScalarType::Byte && workspace->is_contiguous() &&
+                      workspace->get_device_index() == device && workspace->numel() >= bytes,
+                  "workspace: of workspace_bytes bytes");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  check_cuda(launch(arguments, device, stream, workspace->data_ptr()));
 }
 #else
+int64_t workspace_bytes(Tensor, std::vector<int64_t>) { return 0; }
+
 template <typename Arguments>
-void run(void (*loops)(const Arguments&), const Arguments& arguments, const Tensor&) {
+void run(void (*loops)(const Arguments&), const Arguments& arguments, const Tensor&, const MaybeTensor&) {
   loops(arguments);
 }
 #endif
@@ -129,7 +142,7 @@ void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTe
              MaybeTensor running_mean, MaybeTensor running_var, MaybeTensor num_batches_tracked, MaybeTensor clipped,
              MaybeTensor limits, Tensor saved, std::vector<int64_t> layout, std::vector<int64_t> strides,
              std::vector<double> schedule, std::optional<double> momentum, double eps, int64_t activation,
-             MaybeTensor coefficients) {
+             MaybeTensor coefficients, MaybeTensor workspace) {
   const brn::Layout shape = layout_of(layout, x);
   check_saved(saved, x, shape);
   STD_TORCH_CHECK(schedule.size() == 5, "schedule: r_max, d_max, hold, r_ramp, d_ramp");
@@ -166,12 +179,12 @@ void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTe
   arguments.activation = activation_of(activation);
   arguments.saved = saved.data_ptr();
   if (coefficients.has_value()) arguments.coefficients = coefficients_of(*coefficients, x, shape);
-  run(brn::forward, arguments, x);
+  run(brn::forward, arguments, x, workspace);
 }
 
 // y of coefficients that a forward wrote, with the same bits.
 void apply(Tensor x, Tensor y, Tensor coefficients, std::vector<int64_t> layout, std::vector<int64_t> strides,
-           int64_t activation) {
+           int64_t activation, MaybeTensor workspace) {
   brn::ForwardArguments arguments = {};
   arguments.dtype = dtype_of(x);
   arguments.layout = layout_of(layout, x);
@@ -180,12 +193,12 @@ void apply(Tensor x, Tensor y, Tensor coefficients, std::vector<int64_t> layout,
   arguments.activation = activation_of(activation);
   arguments.coefficients = coefficients_of(coefficients, x, arguments.layout);
   arguments.given = true;
-  run(brn::forward, arguments, x);
+  run(brn::forward, arguments, x, workspace);
 }
 
 void backward(Tensor dy, Tensor x, MaybeTensor residual, MaybeTensor bits, MaybeTensor weight, MaybeTensor bias,
               Tensor saved, MaybeTensor dx, MaybeTensor dresidual, Tensor dweight, Tensor dbias,
-              std::vector<int64_t> layout, std::vector<int64_t> strides, int64_t activation) {
+              std::vector<int64_t> layout, std::vector<int64_t> strides, int64_t activation, MaybeTensor workspace) {
   const brn::Layout shape = layout_of(layout, x);
   check_saved(saved, x, shape);
   brn::BackwardArguments arguments;
@@ -208,7 +221,7 @@ void backward(Tensor dy, Tensor x, MaybeTensor residual, MaybeTensor bits, Maybe
   }
   arguments.dweight = dweight.data_ptr();
   arguments.dbias = dbias.data_ptr();
-  run(brn::backward, arguments, x);
+  run(brn::backward, arguments, x, workspace);
 }
 
 }  // namespace
@@ -220,12 +233,15 @@ STABLE_TORCH_LIBRARY(BRN_OPERATORS, m) {
       "forward(Tensor x, Tensor? residual, Tensor(a!) y, Tensor(b!)? bits, Tensor? weight, Tensor? bias,"
       " Tensor(c!)? running_mean, Tensor(d!)? running_var, Tensor(e!)? num_batches_tracked, Tensor(f!)? clipped,"
       " Tensor? limits, Tensor(g!) saved, int[] layout, int[] strides, float[] schedule, float? momentum, float eps,"
-      " int activation, Tensor(h!)? coefficients=None) -> ()");
-  m.def("apply(Tensor x, Tensor(a!) y, Tensor coefficients, int[] layout, int[] strides, int activation) -> ()");
+      " int activation, Tensor(h!)? coefficients, Tensor(i!)? workspace) -> ()");
+  m.def(
+      "apply(Tensor x, Tensor(a!) y, Tensor coefficients, int[] layout, int[] strides, int activation,"
+      " Tensor(b!)? workspace) -> ()");
   m.def(
       "backward(Tensor dy, Tensor x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, Tensor saved,"
       " Tensor(a!)? dx, Tensor(b!)? dresidual, Tensor(c!) dweight, Tensor(d!) dbias, int[] layout, int[] strides,"
-      " int activation) -> ()");
+      " int activation, Tensor(e!)? workspace) -> ()");
+  m.def("workspace_bytes(Tensor x, int[] layout) -> int");
   m.def("instruction_set() -> str");
 }
 
@@ -235,6 +251,7 @@ STABLE_TORCH_LIBRARY_IMPL(BRN_OPERATORS, BRN_DEVICE, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("apply", TORCH_BOX(&apply));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("workspace_bytes", TORCH_BOX(&workspace_bytes));
 }
 
 #ifndef BRN_CUDA

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_calls import SCHEDULE, Case, check, to_channels_last
 from oracle import ACTIVATIONS
+from test_out_of_memory import Limited
 
 from brn_kernels.backends import layout, native, reference
 
@@ -24,7 +25,14 @@ def emulation(device, monkeypatch):
         pytest.skip(found)
     monkeypatch.setattr(torch.ops, "brn_kernels_native", found.operators, raising=False)
     found.set_multiprocessors(4)
-    return found
+    native._workspace_bytes.cache_clear()
+    yield found
+    native._workspace_bytes.cache_clear()
+
+
+def use_multiprocessors(emulation, count):
+    emulation.set_multiprocessors(count)
+    native._workspace_bytes.cache_clear()  # of one GPU, it never changes
 
 
 # each a way through the kernels: whole vectors or not, partial tiles and groups, one split or many, planes of one value
@@ -44,7 +52,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_every_way_through_the_kernels(shape, channels_last, multiprocessors, emulation):
-    emulation.set_multiprocessors(multiprocessors)
+    use_multiprocessors(emulation, multiprocessors)
     check(Case(shape, torch.float32, channels_last, residual=True, activation="relu"))
     check(Case(shape, torch.float64, channels_last, limits=(1e6, 1e6)))
     check(Case(shape, torch.bfloat16, channels_last, limits=(1.0, 0.0), activation="relu"))
@@ -67,7 +75,7 @@ def test_any_call(n, c, spatial, channels_last, dtype, residual, activation, lim
         values *= size
     if values < 8 or values * c > 30_000:  # of fewer, a variance is noise
         return
-    emulation.set_multiprocessors(multiprocessors)
+    use_multiprocessors(emulation, multiprocessors)
     check(Case((n, c, *spatial), dtype, channels_last, residual, activation, limits, seed))
 
 
@@ -153,3 +161,20 @@ def test_an_error_is_told_once(failing, emulation):
             case.run()
     assert emulation.last_error() == 0
     check(case)
+
+
+def test_running_out_of_memory_is_pytorchs_error_and_moves_no_statistics():
+    """The workspace's came as a RuntimeError."""
+    case = Case((4, 8, 6, 6), torch.float32)
+    case.run()
+    state = [case.running_mean.clone(), case.running_var.clone(), torch.tensor(7), torch.zeros(8, dtype=torch.bool)]
+    before = [each.clone() for each in state]
+    for after in range(3):  # y, what is saved, the workspace
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            Limited(patch, after)
+            native.forward(case.x, None, None, None, None, *state, None, SCHEDULE, 0.1, 1e-5, None)
+        assert all(map(torch.equal, state, before)), after
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_workspace", lambda x, shape: torch.empty(64, dtype=torch.uint8))
+        with pytest.raises(RuntimeError, match="workspace: of workspace_bytes bytes"):
+            native.forward(case.x, None, None, None, None, *state, None, SCHEDULE, 0.1, 1e-5, None)

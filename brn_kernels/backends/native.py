@@ -98,12 +98,13 @@ def forward(
     saved = torch.empty(4, shape.channels, dtype=reference.statistics_dtype(x), device=x.device)
     kept = reference.keeps_bits(residual, activation)
     bits = torch.empty(layout.bits_shape(x), dtype=torch.uint8, device=x.device) if kept else reference.empty_bits(x)
+    workspace = _workspace(x, shape)
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
     torch.ops.brn_kernels_native.forward(
         source.tensor, extra.tensor, target.tensor, bits if kept else None, dense(weight), dense(bias), dense_mean,
         dense_var, num_batches_tracked, dense_clipped, dense(limits), saved, shape,
         source.strides + extra.strides + target.strides, schedule, momentum, eps, ACTIVATION_CODES[activation],
-        coefficients,
+        coefficients, workspace,
     )  # fmt: skip
     target.copy_to(y)
     copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
@@ -117,8 +118,9 @@ def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     y = torch.empty_like(x)
     target = writable(y, shape)
     torch.ops.brn_kernels_native.apply(
-        source.tensor, target.tensor, coefficients, shape, source.strides + target.strides, ACTIVATION_CODES[activation]
-    )
+        source.tensor, target.tensor, coefficients, shape, source.strides + target.strides,
+        ACTIVATION_CODES[activation], _workspace(x, shape),
+    )  # fmt: skip
     target.copy_to(y)
     return y
 
@@ -156,8 +158,19 @@ def backward(
         upstream.tensor, source.tensor, extra.tensor, bits.contiguous() if kept else None, dense(weight), dense(bias),
         saved.contiguous(), to_x.tensor, to_residual.tensor, dweight, dbias, shape,
         upstream.strides + source.strides + extra.strides + to_x.strides + to_residual.strides,
-        ACTIVATION_CODES[activation],
+        ACTIVATION_CODES[activation], _workspace(x, shape),
     )  # fmt: skip
     to_x.copy_to(dx)
     to_residual.copy_to(dresidual)
     return dx, dweight, dbias, dresidual
+
+
+def _workspace(x: Tensor, shape: layout.Layout) -> Tensor | None:
+    """Scratch memory for a call; made here, so that running out of memory is PyTorch's ``OutOfMemoryError``."""
+    size = _workspace_bytes(shape, x.dtype, x.device)
+    return torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _workspace_bytes(shape: layout.Layout, dtype: torch.dtype, device: torch.device) -> int:
+    return torch.ops.brn_kernels_native.workspace_bytes(torch.empty(0, dtype=dtype, device=device), shape)
