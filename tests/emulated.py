@@ -47,8 +47,8 @@ def load():
     """The emulation; or, in a string, why there is none. Compiled once for all processes."""
     try:
         kit = tools.gather(cuda=False)
-        manifest = recipe.manifest("emulated", [], False, kit)
-        place.ensure(cache_directory(), [manifest], kit, say=print)
     except BuildError as error:
-        return str(error)
+        return f"nothing to compile with: {error}"
+    manifest = recipe.manifest("emulated", [], False, kit)
+    place.ensure(cache_directory(), [manifest], kit, say=print)
     return Emulation(cache_directory() / recipe.file_name(manifest))

@@ -178,3 +178,38 @@ def test_running_out_of_memory_is_pytorchs_error_and_moves_no_statistics():
         patch.setattr(native, "_workspace", lambda x, shape: torch.empty(64, dtype=torch.uint8))
         with pytest.raises(RuntimeError, match="workspace: of workspace_bytes bytes"):
             native.forward(case.x, None, None, None, None, *state, None, SCHEDULE, 0.1, 1e-5, None)
+
+
+class Spied:
+    """Counts the launches and blocks so far, and calls back between them."""
+
+    def __init__(self, call_back):
+        self.call_back, self.launches, self.blocks = call_back, 0, 0
+
+    def __call__(self, call):
+        if call == "cudaLaunchKernelEx":
+            self.launches, self.blocks = self.launches + 1, 0
+        if call == "block":
+            self.call_back(self)
+            self.blocks += 1
+
+
+@LAYOUTS
+@pytest.mark.parametrize("when", ["in the first launch", "after the first launch"])
+@pytest.mark.parametrize("clips", [False, True], ids=["opens", "closes"])
+def test_every_y_is_written_whatever_another_stream_does_to_the_layer(channels_last, when, clips, emulation):
+    """A forward of the same layer that finished between two launches, on another stream, left y uninitialized."""
+    case = Case((16, 16, 8, 8), torch.float32, channels_last, limits=(1e6, 1e6))
+    clipped = torch.zeros(16, dtype=torch.bool)
+    clipped[5] = True
+
+    def other_stream(spied):
+        if spied.launches == (1 if when == "in the first launch" else 2) and spied.blocks == 1 - (spied.launches - 1):
+            clipped[:] = clips
+
+    state = [case.running_mean, case.running_var, torch.tensor(7), clipped]
+    others = (case.limits, SCHEDULE, 0.1, 1e-5, None)
+    expected, _, _ = native.forward(case.x, None, None, None, None, *(each.clone() for each in state), *others)
+    with emulation.before(Spied(other_stream)):
+        y, _, _ = native.forward(case.x, None, None, None, None, *state, *others)
+    assert torch.equal(y, expected)

@@ -140,8 +140,10 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
   if (thread < geometry.tile_channels && own_channel < a.layout.channels) {
     const int64_t count = values_in_split<CHANNELS_LAST>(geometry, walk.split(), geometry.units_per_split);
     const Moments moments = moments_of(static_cast<double>(count), origins[thread], total1, total2);
-    workspace.first[walk.split() * a.layout.channels + own_channel] = moments.mean;
-    workspace.second[walk.split() * a.layout.channels + own_channel] = moments.m2;
+    const int64_t slot = walk.split() * a.layout.channels + own_channel;
+    workspace.first[slot] = moments.mean;
+    workspace.second[slot] = moments.m2;
+    workspace.counts[slot] = predicted[thread] ? moments.count : -moments.count;
   }
 }
 

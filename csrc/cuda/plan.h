@@ -78,7 +78,7 @@ inline Plan plan_for(const Layout& layout, DType dtype, int multiprocessors) {
 
   const int64_t coefficient_bytes = dtype == DType::float64 ? 8 : 4;
   plan.padded_channels = ceil_div(layout.channels, kGroup) * kGroup;
-  plan.coefficients_offset = ceil_div(2 * plan.splits * layout.channels * 8, kAlignment) * kAlignment;
+  plan.coefficients_offset = ceil_div(3 * plan.splits * layout.channels * 8, kAlignment) * kAlignment;
   plan.flags_offset = plan.coefficients_offset + 6 * plan.padded_channels * coefficient_bytes;
   plan.bytes = plan.flags_offset + plan.padded_channels;
   return plan;
@@ -88,8 +88,11 @@ inline Plan plan_for(const Layout& layout, DType dtype, int multiprocessors) {
 template <typename T>
 struct Workspace {
   double *first, *second;  // (splits, channels): mean and sum of squares about it, or the backward's two sums
-  T* coefficients;         // (up to 6, padded_channels): a struct's members in their order
-  uint8_t* flags;          // (padded_channels): whether y of the channel is to be repaired
+  // (splits, channels), forward: how many values they are of; negative where the split has not written their y. Kept,
+  // for another stream's call of the same layer may move what that was decided from.
+  double* counts;
+  T* coefficients;  // (up to 6, padded_channels): a struct's members in their order
+  uint8_t* flags;   // (padded_channels): whether y of the channel is to be repaired
   int64_t padded_channels;
 };
 
@@ -97,8 +100,13 @@ template <typename T>
 Workspace<T> workspace_at(void* memory, const Plan& plan, const Layout& layout) {
   char* bytes = static_cast<char*>(memory);
   double* partials = static_cast<double*>(memory);
-  return {partials, partials + plan.splits * layout.channels, reinterpret_cast<T*>(bytes + plan.coefficients_offset),
-          reinterpret_cast<uint8_t*>(bytes + plan.flags_offset), plan.padded_channels};
+  const int64_t of_each = plan.splits * layout.channels;
+  return {partials,
+          partials + of_each,
+          partials + 2 * of_each,
+          reinterpret_cast<T*>(bytes + plan.coefficients_offset),
+          reinterpret_cast<uint8_t*>(bytes + plan.flags_offset),
+          plan.padded_channels};
 }
 
 }  // namespace brn
