@@ -213,3 +213,35 @@ def test_every_y_is_written_whatever_another_stream_does_to_the_layer(channels_l
     with emulation.before(Spied(other_stream)):
         y, _, _ = native.forward(case.x, None, None, None, None, *state, *others)
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_all_kernels_are_there_before_the_first_is_launched(direction, emulation):
+    """One that could not be loaded between two launches left statistics moved and no output."""
+    case = Case((4, 8, 6, 6), torch.float32)
+    (_, saved, bits, *_), _ = case.run()
+    state = [case.running_mean.clone(), case.running_var.clone(), torch.tensor(7), torch.zeros(8, dtype=torch.bool)]
+    before = [each.clone() for each in state]
+
+    def run(hook):
+        with emulation.before(hook):
+            if direction == "forward":
+                native.forward(case.x, None, None, None, None, *state, case.limits, SCHEDULE, 0.1, 1e-5, None)
+            else:
+                native.backward(case.dy, case.x, None, None, None, None, saved, bits, None, True, False)
+
+    calls = []
+    for failing in range(3):
+        calls.clear()
+
+        def hook(call, failing=failing):
+            calls.append(call)
+            return emulated.OUT_OF_MEMORY if calls.count("cudaFuncGetAttributes") == failing + 1 else 0
+
+        with pytest.raises(RuntimeError, match="an emulated error"):
+            run(hook)
+        assert all(map(torch.equal, state, before)) and "cudaLaunchKernelEx" not in calls
+    calls.clear()
+    run(calls.append)
+    kernels = [call for call in calls if call in ("cudaFuncGetAttributes", "cudaLaunchKernelEx")]
+    assert kernels == ["cudaFuncGetAttributes"] * 3 + ["cudaLaunchKernelEx"] * 3

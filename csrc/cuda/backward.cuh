@@ -166,8 +166,15 @@ cudaError_t launch_backward(const BackwardArguments& a, const Plan& plan, void* 
     constexpr int kVector = decltype(vec)::value;
     constexpr bool kLast = decltype(last)::value;
     constexpr Activation kActivation = decltype(activation)::value;
-    cudaError_t error = launch(reduce_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
-                               geometry_of(a.layout, plan, kVector, false), workspace);
+    static std::atomic<uint64_t> devices{0};
+    cudaError_t error = load_once(devices, [] {
+      cudaError_t error = load_kernel(reduce_kernel<E, kVector, kLast, kActivation>);
+      if (error == cudaSuccess) error = load_backward_finish<T>();
+      return error != cudaSuccess ? error : load_kernel(apply_kernel<E, kVector, kLast, kActivation>);
+    });
+    if (error != cudaSuccess) return error;
+    error = launch(reduce_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
+                   geometry_of(a.layout, plan, kVector, false), workspace);
     if (error == cudaSuccess) error = launch_backward_finish<T>(a, plan, memory, stream);
     if (error != cudaSuccess || (a.dx.data == nullptr && a.dresidual.data == nullptr)) return error;
     return launch(apply_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,

@@ -142,6 +142,20 @@ cudaError_t launch_backward_finish(const BackwardArguments& a, const Plan& plan,
                 workspace_at<T>(memory, plan, a.layout), plan.splits, shape.channels);
 }
 
+template <typename T>
+cudaError_t load_forward_finish() {
+  return load_kernel(forward_finish_kernel<T>);
+}
+
+template <typename T>
+cudaError_t load_backward_finish() {
+  return load_kernel(backward_finish_kernel<T>);
+}
+
+template cudaError_t load_forward_finish<float>();
+template cudaError_t load_forward_finish<double>();
+template cudaError_t load_backward_finish<float>();
+template cudaError_t load_backward_finish<double>();
 template cudaError_t launch_forward_finish<float>(const ForwardArguments&, const Plan&, void*, cudaStream_t);
 template cudaError_t launch_forward_finish<double>(const ForwardArguments&, const Plan&, void*, cudaStream_t);
 template cudaError_t launch_backward_finish<float>(const BackwardArguments&, const Plan&, void*, cudaStream_t);

@@ -213,8 +213,13 @@ cudaError_t launch_forward(const ForwardArguments& a, const Plan& plan, void* me
     constexpr int kVector = decltype(vec)::value;
     constexpr bool kLast = decltype(last)::value;
     constexpr Activation kActivation = decltype(activation)::value;
-    cudaError_t error = cudaSuccess;
-    if (!a.given) {
+    static std::atomic<uint64_t> devices{0};
+    cudaError_t error = load_once(devices, [] {
+      cudaError_t error = load_kernel(stream_kernel<E, kVector, kLast, kActivation>);
+      if (error == cudaSuccess) error = load_forward_finish<T>();
+      return error != cudaSuccess ? error : load_kernel(repair_kernel<E, kVector, kLast, kActivation>);
+    });
+    if (error == cudaSuccess && !a.given) {
       error = launch(stream_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
                      geometry_of(a.layout, plan, kVector, false), workspace);
     }

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <climits>
 #include <type_traits>
 
@@ -27,7 +28,34 @@ template <typename T>
 cudaError_t launch_backward_finish(const BackwardArguments& arguments, const Plan& plan, void* workspace,
                                    cudaStream_t stream);
 
+template <typename T>
+cudaError_t load_forward_finish();
+
+template <typename T>
+cudaError_t load_backward_finish();
+
 namespace {
+
+// Puts a kernel on the current device, which it otherwise is at its first launch. That can fail: no code for this GPU,
+// no memory. All of a call are there before the first is launched, lest one fails when statistics have moved.
+template <typename Kernel>
+cudaError_t load_kernel(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel);
+}
+
+// load() on the current device, unless it has succeeded there before; `devices` remembers, a bit each.
+template <typename F>
+cudaError_t load_once(std::atomic<uint64_t>& devices, F load) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t own = device >= 0 && device < 64 ? uint64_t{1} << device : 0;
+  if ((devices.load(std::memory_order_relaxed) & own) != 0) return cudaSuccess;
+  error = load();
+  if (error == cudaSuccess) devices.fetch_or(own, std::memory_order_relaxed);
+  return error;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
