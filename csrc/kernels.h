@@ -18,6 +18,12 @@ int backward(const BackwardArguments& arguments, int device, void* stream, void*
 
 const char* error_message(int error);
 
+// Whether kernels run on that GPU: cudaSuccess if so. The CUDA version they were compiled with, and the newest that the
+// driver knows: 13000 for 13.0.
+int try_device(int device);
+int compiled_version();
+int driver_version();
+
 #else
 
 void forward(const ForwardArguments& arguments);

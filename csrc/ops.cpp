@@ -243,6 +243,7 @@ STABLE_TORCH_LIBRARY(BRN_OPERATORS, m) {
       " int activation, Tensor(e!)? workspace) -> ()");
   m.def("workspace_bytes(Tensor x, int[] layout) -> int");
   m.def("instruction_set() -> str");
+  m.def("device_error(int device) -> str");
 }
 
 #endif
@@ -260,6 +261,24 @@ std::string instruction_set() { return brn::instruction_set(); }
 
 STABLE_TORCH_LIBRARY_IMPL(BRN_OPERATORS, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
+}
+
+#else
+
+std::string version_name(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// Why no kernel runs on that GPU; empty if they do.
+std::string device_error(int64_t device) {
+  const int error = brn::try_device(static_cast<int>(device));
+  if (error == 0) return "";
+  return std::string(brn::error_message(error)) + " (compiled by CUDA " + version_name(brn::compiled_version()) +
+         ", the driver is for " + version_name(brn::driver_version()) + ")";
+}
+
+STABLE_TORCH_LIBRARY_IMPL(BRN_OPERATORS, CompositeExplicitAutograd, m) {
+  m.impl("device_error", TORCH_BOX(&device_error));
 }
 
 #endif

@@ -9,7 +9,7 @@ import torch
 from brn_kernels.build import BuildError, cache_directory, place, recipe, tools
 
 HOOK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)
-OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+OUT_OF_MEMORY, NO_KERNEL_IMAGE = 2, 209  # cudaErrorMemoryAllocation, cudaErrorNoKernelImageForDevice
 
 
 class Emulation:

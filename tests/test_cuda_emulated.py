@@ -1,5 +1,7 @@
 """The CUDA kernels on a CPU: compiled as C++, threads as fibers in random order (csrc/emulation)."""
 
+import logging
+
 import emulated
 import pytest
 import torch
@@ -9,7 +11,8 @@ from native_calls import SCHEDULE, Case, check, to_channels_last
 from oracle import ACTIVATIONS
 from test_out_of_memory import Limited
 
-from brn_kernels.backends import layout, native, reference
+from brn_kernels import backends
+from brn_kernels.backends import layout, native, reference, triton
 
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -245,3 +248,27 @@ def test_all_kernels_are_there_before_the_first_is_launched(direction, emulation
     run(calls.append)
     kernels = [call for call in calls if call in ("cudaFuncGetAttributes", "cudaLaunchKernelEx")]
     assert kernels == ["cudaFuncGetAttributes"] * 3 + ["cudaLaunchKernelEx"] * 3
+
+
+def test_a_gpu_that_runs_no_kernel_is_passed_over_with_the_reason(emulation, monkeypatch, caplog):
+    """`unusable` was content with a library that could be loaded; the first call then failed."""
+    monkeypatch.setattr(native, "_load", lambda: {"cpu": None, "cuda": None})
+    monkeypatch.setattr(triton, "unusable", lambda device_type: "no triton")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (5, 2))
+    backends._resolve.cache_clear()
+    assert native.unusable("cuda") is None
+    with emulation.before(lambda call: emulated.NO_KERNEL_IMAGE if call == "cudaFuncGetAttributes" else 0):
+        reason = native.unusable("cuda")
+        with pytest.raises(RuntimeError, match="cannot run on cuda: an old GPU"):
+            backends.resolve("native", "cuda")
+        with caplog.at_level(logging.WARNING, logger="brn_kernels"):
+            chosen = {backends.resolve("auto", "cuda") for _ in range(3)}
+    backends._resolve.cache_clear()
+    told = "an old GPU (sm_52): an emulated error (compiled by CUDA 13.0, the driver is for 12.8)"
+    assert reason is not None and reason.startswith(told)
+    assert chosen == {reference} and len(caplog.records) == 1 and told in caplog.text
+    assert emulation.last_error() == 0

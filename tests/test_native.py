@@ -259,4 +259,4 @@ def test_the_library_for_gpus_loads_where_it_was_built():
     built = build.find()
     if isinstance(built, str) or built.cuda is None:
         pytest.skip("no library for GPUs was built")
-    assert native.unusable("cuda") is None
+    assert native._load()["cuda"] is None

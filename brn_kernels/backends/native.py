@@ -25,7 +25,8 @@ def unusable(device_type: str) -> str | None:
         return f"its kernels run on CPUs and NVIDIA GPUs, not on {device_type}"
     if device_type == "cuda" and torch.version.hip is not None:
         return "its kernels run on NVIDIA GPUs, not on AMD's"
-    return _load().get(device_type)
+    reason = _load().get(device_type)
+    return _gpu_refuses() if reason is None and device_type == "cuda" else reason
 
 
 def is_fused(
@@ -53,6 +54,18 @@ def _load() -> dict[str, str | None]:
         missing["cuda"] = _cannot_load(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so", of_torch=True)
         missing["cuda"] = missing["cuda"] or _cannot_load(built.cuda)
     return missing
+
+
+def _gpu_refuses() -> str | None:
+    """Why the current GPU runs none of the kernels: no code for it, a driver that is too old ...; None if it does."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    device = torch.cuda.current_device()  # another would cost it a context, some hundred MB
+    error = torch.ops.brn_kernels_native.device_error(device)
+    if not error:
+        return None
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return f"{name} (sm_{capability[0]}{capability[1]}): {error}; `brn build --cuda` compiles for what it is told"
 
 
 def _cannot_load(library: Path, of_torch: bool = False) -> str | None:

@@ -99,6 +99,18 @@ int backward(const BackwardArguments& arguments, int device, void* stream, void*
   }
 }
 
+int try_device(int device) {
+  const CurrentDevice current(device);
+  return forgotten(current.error() != cudaSuccess ? current.error() : load_forward_finish<float>());
+}
+
+int compiled_version() { return CUDART_VERSION; }
+
+int driver_version() {
+  int version = 0;
+  return forgotten(cudaDriverGetVersion(&version)) == cudaSuccess ? version : 0;
+}
+
 const char* error_message(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace brn

@@ -20,6 +20,7 @@
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9;
+#define CUDART_VERSION 13000
 constexpr int cudaDevAttrMultiProcessorCount = 16;
 
 struct dim3 {
@@ -45,6 +46,7 @@ struct cudaLaunchConfig_t {
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device);
+cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
 

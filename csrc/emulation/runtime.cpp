@@ -63,6 +63,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
   return emulation::before("cudaDeviceGetAttribute");
 }
 
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 12080;
+  return emulation::before("cudaDriverGetVersion");
+}
+
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
   last_error = cudaSuccess;
