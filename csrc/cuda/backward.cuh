@@ -14,7 +14,7 @@ namespace {
 template <typename E, int VEC>
 struct Read {
   Place place;
-  Vector<E, VEC> dy, x, residual;
+  Packed<E, VEC> dy, x, residual;
   unsigned bits;  // from the place's own on
 };
 
@@ -25,8 +25,8 @@ __device__ __forceinline__ void read_round(const BackwardArguments& a, W& walk, 
     Read<E, VEC>& read = reads[u];
     read = {walk.next(), {}, {}, {}, 0};
     if (read.place.exists) {
-      read.dy = load<E, VEC>(a.dy.data, walk.offset(a.dy, read.place));
-      read.x = load<E, VEC>(a.x.data, walk.offset(a.x, read.place));
+      read.dy = load_packed<E, VEC>(a.dy.data, walk.offset(a.dy, read.place));
+      read.x = load_packed<E, VEC>(a.x.data, walk.offset(a.x, read.place));
     }
   }
   if (A == Activation::relu && a.bits != nullptr) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ void read_round(const BackwardArguments& a, W& walk, 
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const Place& place = reads[u].place;
-      if (place.exists) reads[u].residual = load<E, VEC>(a.residual.data, walk.offset(a.residual, place));
+      if (place.exists) reads[u].residual = load_packed<E, VEC>(a.residual.data, walk.offset(a.residual, place));
     }
   }
 }
@@ -48,11 +48,11 @@ __device__ __forceinline__ void read_round(const BackwardArguments& a, W& walk, 
 template <Activation A, typename E, int VEC, typename T>
 __device__ __forceinline__ T gradient(const BackwardArguments& a, const Read<E, VEC>& read, int i, T centered,
                                       T z_scale, T z_shift) {
-  const T dy = value_of(read.dy.elements[i]);
+  const T dy = value_of(read.dy[i]);
   if (A == Activation::none) return dy;
   if (A == Activation::relu && a.bits != nullptr) return (read.bits >> i & 1) != 0 ? dy : 0;
   T z = fma(centered, z_scale, z_shift);
-  if (a.residual.data != nullptr) z += value_of(read.residual.elements[i]);
+  if (a.residual.data != nullptr) z += value_of(read.residual[i]);
   return activation_backward<A>(dy, z);
 }
 
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
         const int c = CHANNELS_LAST ? i : 0;
-        const T centered = value_of(reads[u].x.elements[i]) - mean[c];
+        const T centered = value_of(reads[u].x[i]) - mean[c];
         const T g = gradient<A>(a, reads[u], i, centered, z_scale[c], z_shift[c]);
         if (reads[u].place.exists) {
           s1[i] += g;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
         const int c = CHANNELS_LAST ? i : 0;
-        const T centered = value_of(reads[u].x.elements[i]) - mean.elements[c];
+        const T centered = value_of(reads[u].x[i]) - mean.elements[c];
         const T g = gradient<A>(a, reads[u], i, centered, z_scale.elements[c], z_shift.elements[c]);
         round_to(dresidual.elements[i], g);
         round_to(dx.elements[i], fma(g, dx_of_g.elements[c], fma(centered, dx_of_x.elements[c], dx_shift.elements[c])));

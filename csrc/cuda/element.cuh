@@ -72,6 +72,37 @@ struct alignas(sizeof(E) * VEC) Vector {
   E elements[VEC];
 };
 
+// The same between a load and its use: whole 32-bit words. Of 16-bit elements, what is loaded under a condition would
+// be put together from its halves at once, and the next load waits for that.
+template <typename E, int VEC>
+struct Packed {
+  uint32_t words[sizeof(E) * VEC / 4];
+
+  __device__ __forceinline__ E operator[](int i) const {
+    Vector<E, VEC> it;
+    memcpy(&it, words, sizeof it);
+    return it.elements[i];
+  }
+};
+
+template <typename E>
+struct Packed<E, 1> {
+  E element;
+
+  __device__ __forceinline__ E operator[](int) const { return element; }
+};
+
+template <typename E, int VEC>
+__device__ __forceinline__ Packed<E, VEC> load_packed(const void* data, int64_t offset) {
+  const E* const source = static_cast<const E*>(data) + offset;
+  if constexpr (VEC == 1) {
+    return {*source};
+  } else {
+    const uint4 whole = *reinterpret_cast<const uint4*>(source);
+    return {{whole.x, whole.y, whole.z, whole.w}};
+  }
+}
+
 template <typename E, int VEC>
 __device__ __forceinline__ Vector<E, VEC> load(const void* data, int64_t offset) {
   return *reinterpret_cast<const Vector<E, VEC>*>(static_cast<const E*>(data) + offset);

@@ -14,7 +14,7 @@ namespace {
 // each. Every thread of the warp calls it, and those that are to write do.
 template <Activation A, typename E, int VEC, bool CHANNELS_LAST, typename W>
 __device__ __forceinline__ void write(const ForwardArguments& a, const W& walk, const Place& place, bool writes,
-                                      const Vector<E, VEC>& x, const Vector<E, VEC>& residual,
+                                      const Packed<E, VEC>& x, const Packed<E, VEC>& residual,
                                       const Coefficients<Arithmetic<E>> (&coefficients)[CHANNELS_LAST ? VEC : 1]) {
   using T = Arithmetic<E>;
   Vector<E, VEC> y;
@@ -22,8 +22,8 @@ __device__ __forceinline__ void write(const ForwardArguments& a, const W& walk, 
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
     const Coefficients<T>& c = coefficients[CHANNELS_LAST ? i : 0];
-    T z = fma(value_of(x.elements[i]) - c.pivot, c.scale, c.shift);
-    if (a.residual.data != nullptr) z += value_of(residual.elements[i]);
+    T z = fma(value_of(x[i]) - c.pivot, c.scale, c.shift);
+    if (a.residual.data != nullptr) z += value_of(residual[i]);
     if (A == Activation::relu) bits |= (z <= 0 ? 0u : 1u) << i;
     round_to(y.elements[i], activate<A>(z));
   }
@@ -37,17 +37,17 @@ __device__ __forceinline__ void write(const ForwardArguments& a, const W& walk, 
 // A thread's sums of x over its first round, which it reads again at once: holding it would take many registers.
 template <typename E, int VEC, typename W>
 __device__ __forceinline__ Vector<Arithmetic<E>, VEC> first_sums(const ForwardArguments& a, W walk) {
-  Vector<E, VEC> x[W::kUnroll] = {};
+  Packed<E, VEC> x[W::kUnroll] = {};
 #pragma unroll
   for (int u = 0; u < W::kUnroll; ++u) {
     const Place place = walk.next();
-    if (place.exists) x[u] = load<E, VEC>(a.x.data, walk.offset(a.x, place));
+    if (place.exists) x[u] = load_packed<E, VEC>(a.x.data, walk.offset(a.x, place));
   }
   Vector<Arithmetic<E>, VEC> sums = {};
 #pragma unroll
   for (int u = 0; u < W::kUnroll; ++u) {
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) sums.elements[i] += value_of(x[u].elements[i]);
+    for (int i = 0; i < VEC; ++i) sums.elements[i] += value_of(x[u][i]);
   }
   return sums;
 }
@@ -101,28 +101,29 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
 
   for (int64_t round = 0; round < walk.rounds(); ++round) {
     Place places[kUnroll];
-    Vector<E, VEC> x[kUnroll] = {};
+    Packed<E, VEC> x[kUnroll] = {};
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       places[u] = walk.next();
-      if (places[u].exists) x[u] = load<E, VEC>(a.x.data, walk.offset(a.x, places[u]));
+      if (places[u].exists) x[u] = load_packed<E, VEC>(a.x.data, walk.offset(a.x, places[u]));
     }
 #pragma unroll
     for (int half = 0; half < kUnroll; half += kUnroll / 2) {
       // Half at a time: the whole residual would take too many registers.
-      Vector<E, VEC> residual[kUnroll / 2] = {};
+      Packed<E, VEC> residual[kUnroll / 2] = {};
       if (speculates && a.residual.data != nullptr) {
 #pragma unroll
         for (int u = 0; u < kUnroll / 2; ++u) {
           const Place& place = places[half + u];
-          if (place.exists && writes) residual[u] = load<E, VEC>(a.residual.data, walk.offset(a.residual, place));
+          if (place.exists && writes)
+            residual[u] = load_packed<E, VEC>(a.residual.data, walk.offset(a.residual, place));
         }
       }
 #pragma unroll
       for (int u = half; u < half + kUnroll / 2; ++u) {
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
-          const T distance = value_of(x[u].elements[i]) - origin[CHANNELS_LAST ? i : 0];
+          const T distance = value_of(x[u][i]) - origin[CHANNELS_LAST ? i : 0];
           const T centered = places[u].exists ? distance : 0;
           s1[i] += centered;
           s2[i] = fma(centered, centered, s2[i]);
@@ -179,17 +180,17 @@ __global__ void __launch_bounds__(kThreads, kResidentWide)
 
   for (int64_t round = 0; round < walk.rounds(); ++round) {
     Place places[kUnroll];
-    Vector<E, VEC> x[kUnroll] = {}, residual[kUnroll] = {};
+    Packed<E, VEC> x[kUnroll] = {}, residual[kUnroll] = {};
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       places[u] = walk.next();
       places[u].exists = places[u].exists && writes;
-      if (places[u].exists) x[u] = load<E, VEC>(a.x.data, walk.offset(a.x, places[u]));
+      if (places[u].exists) x[u] = load_packed<E, VEC>(a.x.data, walk.offset(a.x, places[u]));
     }
     if (a.residual.data != nullptr) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (places[u].exists) residual[u] = load<E, VEC>(a.residual.data, walk.offset(a.residual, places[u]));
+        if (places[u].exists) residual[u] = load_packed<E, VEC>(a.residual.data, walk.offset(a.residual, places[u]));
       }
     }
 #pragma unroll
