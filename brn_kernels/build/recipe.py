@@ -36,7 +36,7 @@ SANITIZED = (
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
 )
 EMULATED = (
-    *("-DBRN_EMULATED", "-O1", "-Icsrc/emulation", "-Wno-unknown-pragmas", "-Wno-unused"),
+    *("-DBRN_EMULATED", "-Og", "-Icsrc/emulation", "-Wno-unknown-pragmas", "-Wno-unused"),
     *("-U_FORTIFY_SOURCE",),  # it takes a jump between fibers for a mistake
 )
 TORCH_LIBRARIES = ("-ltorch_cpu", "-ltorch", "-lc10")  # no torch_cuda: CPU builds of torch have none to link with

@@ -57,11 +57,11 @@ __device__ __forceinline__ T gradient(const BackwardArguments& a, const Read<E, 
 }
 
 template <typename E, int VEC, bool CHANNELS_LAST, Activation A>
-__global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kResidentWide)
+__global__ void __launch_bounds__(kThreads, kResident)
     reduce_kernel(const __grid_constant__ BackwardArguments a, const __grid_constant__ Geometry geometry,
                   const __grid_constant__ Workspace<Arithmetic<E>> workspace) {
   using T = Arithmetic<E>;
-  constexpr int kUnroll = (VEC == 1 ? kNarrowLoads : kWideLoads) / 2, kChannels = CHANNELS_LAST ? VEC : 1;
+  constexpr int kUnroll = kLoadsAtOnce<E, VEC> / 2, kChannels = CHANNELS_LAST ? VEC : 1;
   __shared__ SumBuffer<T> buffers[2];
   __shared__ BackwardCoefficients<T> of_tile[kMaxTileChannels];
   Walk<VEC, CHANNELS_LAST, kUnroll, false> walk(geometry);
@@ -108,11 +108,11 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
 }
 
 template <typename E, int VEC, bool CHANNELS_LAST, Activation A>
-__global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kResidentWide)
+__global__ void __launch_bounds__(kThreads, kResident)
     apply_kernel(const __grid_constant__ BackwardArguments a, const __grid_constant__ Geometry geometry,
                  const __grid_constant__ Workspace<Arithmetic<E>> workspace) {
   using T = Arithmetic<E>;
-  constexpr int kUnroll = (VEC == 1 ? kNarrowLoads : kWideLoads) / 2, kChannels = CHANNELS_LAST ? VEC : 1;
+  constexpr int kUnroll = kLoadsAtOnce<E, VEC> / 2, kChannels = CHANNELS_LAST ? VEC : 1;
   Walk<VEC, CHANNELS_LAST, kUnroll, true> walk(geometry);
   // The members of BackwardCoefficients.
   Vector<T, kChannels> mean = {}, z_scale = {}, z_shift = {}, dx_of_g = {}, dx_of_x = {}, dx_shift = {};
@@ -155,31 +155,28 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
 template <typename E>
 cudaError_t launch_backward(const BackwardArguments& a, const Plan& plan, void* memory, cudaStream_t stream) {
   using T = Arithmetic<E>;
-  constexpr int kWidest = kAccessBytes / sizeof(E);
-  bool wide = true;
-  for (const Side& side : {a.dy, a.x, a.residual, a.dx, a.dresidual}) {
-    wide = wide && is_aligned(side, a.layout, kWidest, kAccessBytes);
-  }
+  const int vector = vector_for({a.dy, a.x, a.residual, a.dx, a.dresidual}, a.layout, sizeof(E));
   const int64_t blocks = plan.channel_tiles * plan.splits;
   const Workspace<T> workspace = workspace_at<T>(memory, plan, a.layout);
-  return with_constants<kWidest>(wide, a.layout.channels_last, a.activation, [&](auto vec, auto last, auto activation) {
-    constexpr int kVector = decltype(vec)::value;
-    constexpr bool kLast = decltype(last)::value;
-    constexpr Activation kActivation = decltype(activation)::value;
-    static std::atomic<uint64_t> devices{0};
-    cudaError_t error = load_once(devices, [] {
-      cudaError_t error = load_kernel(reduce_kernel<E, kVector, kLast, kActivation>);
-      if (error == cudaSuccess) error = load_backward_finish<T>();
-      return error != cudaSuccess ? error : load_kernel(apply_kernel<E, kVector, kLast, kActivation>);
-    });
-    if (error != cudaSuccess) return error;
-    error = launch(reduce_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
-                   geometry_of(a.layout, plan, kVector, false), workspace);
-    if (error == cudaSuccess) error = launch_backward_finish<T>(a, plan, memory, stream);
-    if (error != cudaSuccess || (a.dx.data == nullptr && a.dresidual.data == nullptr)) return error;
-    return launch(apply_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
-                  geometry_of(a.layout, plan, kVector, true), workspace);
-  });
+  return with_constants<sizeof(E)>(
+      vector, a.layout.channels_last, a.activation, [&](auto vec, auto last, auto activation) {
+        constexpr int kVector = decltype(vec)::value;
+        constexpr bool kLast = decltype(last)::value;
+        constexpr Activation kActivation = decltype(activation)::value;
+        static std::atomic<uint64_t> devices{0};
+        cudaError_t error = load_once(devices, [] {
+          cudaError_t error = load_kernel(reduce_kernel<E, kVector, kLast, kActivation>);
+          if (error == cudaSuccess) error = load_backward_finish<T>();
+          return error != cudaSuccess ? error : load_kernel(apply_kernel<E, kVector, kLast, kActivation>);
+        });
+        if (error != cudaSuccess) return error;
+        error = launch(reduce_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
+                       geometry_of(a.layout, plan, kVector, false), workspace);
+        if (error == cudaSuccess) error = launch_backward_finish<T>(a, plan, memory, stream);
+        if (error != cudaSuccess || (a.dx.data == nullptr && a.dresidual.data == nullptr)) return error;
+        return launch(apply_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
+                      geometry_of(a.layout, plan, kVector, true), workspace);
+      });
 }
 
 }  // namespace brn

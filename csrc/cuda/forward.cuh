@@ -53,11 +53,11 @@ __device__ __forceinline__ Vector<Arithmetic<E>, VEC> first_sums(const ForwardAr
 }
 
 template <typename E, int VEC, bool CHANNELS_LAST, Activation A>
-__global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kResidentWide)
+__global__ void __launch_bounds__(kThreads, kResident)
     stream_kernel(const __grid_constant__ ForwardArguments a, const __grid_constant__ Geometry geometry,
                   const __grid_constant__ Workspace<Arithmetic<E>> workspace) {
   using T = Arithmetic<E>;
-  constexpr int kUnroll = VEC == 1 ? kNarrowLoads : kWideLoads, kChannels = CHANNELS_LAST ? VEC : 1;
+  constexpr int kUnroll = kLoadsAtOnce<E, VEC>, kChannels = CHANNELS_LAST ? VEC : 1;
   __shared__ SumBuffer<T> buffers[2];
   __shared__ T origins[kMaxTileChannels];
   __shared__ Coefficients<T> predictions[kMaxTileChannels];
@@ -107,31 +107,27 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
       places[u] = walk.next();
       if (places[u].exists) x[u] = load_packed<E, VEC>(a.x.data, walk.offset(a.x, places[u]));
     }
+    // The residual too before anything is stored: the compiler moves no load across a store.
+    Packed<E, VEC> residual[kUnroll] = {};
+    if (speculates && a.residual.data != nullptr) {
 #pragma unroll
-    for (int half = 0; half < kUnroll; half += kUnroll / 2) {
-      // Half at a time: the whole residual would take too many registers.
-      Packed<E, VEC> residual[kUnroll / 2] = {};
-      if (speculates && a.residual.data != nullptr) {
-#pragma unroll
-        for (int u = 0; u < kUnroll / 2; ++u) {
-          const Place& place = places[half + u];
-          if (place.exists && writes)
-            residual[u] = load_packed<E, VEC>(a.residual.data, walk.offset(a.residual, place));
-        }
+      for (int u = 0; u < kUnroll; ++u) {
+        const Place& place = places[u];
+        if (place.exists && writes) residual[u] = load_packed<E, VEC>(a.residual.data, walk.offset(a.residual, place));
       }
+    }
 #pragma unroll
-      for (int u = half; u < half + kUnroll / 2; ++u) {
+    for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-          const T distance = value_of(x[u][i]) - origin[CHANNELS_LAST ? i : 0];
-          const T centered = places[u].exists ? distance : 0;
-          s1[i] += centered;
-          s2[i] = fma(centered, centered, s2[i]);
-        }
-        if (speculates) {
-          write<A, E, VEC, CHANNELS_LAST>(a, walk, places[u], writes && places[u].exists, x[u], residual[u - half],
-                                          coefficients);
-        }
+      for (int i = 0; i < VEC; ++i) {
+        const T distance = value_of(x[u][i]) - origin[CHANNELS_LAST ? i : 0];
+        const T centered = places[u].exists ? distance : 0;
+        s1[i] += centered;
+        s2[i] = fma(centered, centered, s2[i]);
+      }
+      if (speculates) {
+        write<A, E, VEC, CHANNELS_LAST>(a, walk, places[u], writes && places[u].exists, x[u], residual[u],
+                                        coefficients);
       }
     }
   }
@@ -149,11 +145,11 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
 }
 
 template <typename E, int VEC, bool CHANNELS_LAST, Activation A>
-__global__ void __launch_bounds__(kThreads, kResidentWide)
+__global__ void __launch_bounds__(kThreads, kResident)
     repair_kernel(const __grid_constant__ ForwardArguments a, const __grid_constant__ Geometry geometry,
                   const __grid_constant__ Workspace<Arithmetic<E>> workspace) {
   using T = Arithmetic<E>;
-  constexpr int kUnroll = VEC == 1 ? kNarrowLoads : kWideLoads, kChannels = CHANNELS_LAST ? VEC : 1;
+  constexpr int kUnroll = kLoadsAtOnce<E, VEC>, kChannels = CHANNELS_LAST ? VEC : 1;
   // Here nobody reads the counter any more.
   if (blockIdx.x == 0 && threadIdx.x == 0 && a.counter != nullptr) ++*a.counter;
 
@@ -205,30 +201,29 @@ __global__ void __launch_bounds__(kThreads, kResidentWide)
 template <typename E>
 cudaError_t launch_forward(const ForwardArguments& a, const Plan& plan, void* memory, cudaStream_t stream) {
   using T = Arithmetic<E>;
-  constexpr int kWidest = kAccessBytes / sizeof(E);
-  bool wide = true;
-  for (const Side& side : {a.x, a.residual, a.y}) wide = wide && is_aligned(side, a.layout, kWidest, kAccessBytes);
+  const int vector = vector_for({a.x, a.residual, a.y}, a.layout, sizeof(E));
   const int64_t blocks = plan.channel_tiles * plan.splits;
   const Workspace<T> workspace = workspace_at<T>(memory, plan, a.layout);
-  return with_constants<kWidest>(wide, a.layout.channels_last, a.activation, [&](auto vec, auto last, auto activation) {
-    constexpr int kVector = decltype(vec)::value;
-    constexpr bool kLast = decltype(last)::value;
-    constexpr Activation kActivation = decltype(activation)::value;
-    static std::atomic<uint64_t> devices{0};
-    cudaError_t error = load_once(devices, [] {
-      cudaError_t error = load_kernel(stream_kernel<E, kVector, kLast, kActivation>);
-      if (error == cudaSuccess) error = load_forward_finish<T>();
-      return error != cudaSuccess ? error : load_kernel(repair_kernel<E, kVector, kLast, kActivation>);
-    });
-    if (error == cudaSuccess && !a.given) {
-      error = launch(stream_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
-                     geometry_of(a.layout, plan, kVector, false), workspace);
-    }
-    if (error == cudaSuccess) error = launch_forward_finish<T>(a, plan, memory, stream);
-    if (error != cudaSuccess) return error;
-    return launch(repair_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
-                  geometry_of(a.layout, plan, kVector, true), workspace);
-  });
+  return with_constants<sizeof(E)>(
+      vector, a.layout.channels_last, a.activation, [&](auto vec, auto last, auto activation) {
+        constexpr int kVector = decltype(vec)::value;
+        constexpr bool kLast = decltype(last)::value;
+        constexpr Activation kActivation = decltype(activation)::value;
+        static std::atomic<uint64_t> devices{0};
+        cudaError_t error = load_once(devices, [] {
+          cudaError_t error = load_kernel(stream_kernel<E, kVector, kLast, kActivation>);
+          if (error == cudaSuccess) error = load_forward_finish<T>();
+          return error != cudaSuccess ? error : load_kernel(repair_kernel<E, kVector, kLast, kActivation>);
+        });
+        if (error == cudaSuccess && !a.given) {
+          error = launch(stream_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
+                         geometry_of(a.layout, plan, kVector, false), workspace);
+        }
+        if (error == cudaSuccess) error = launch_forward_finish<T>(a, plan, memory, stream);
+        if (error != cudaSuccess) return error;
+        return launch(repair_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
+                      geometry_of(a.layout, plan, kVector, true), workspace);
+      });
 }
 
 }  // namespace brn

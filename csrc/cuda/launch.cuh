@@ -85,13 +85,15 @@ cudaError_t with_activation(Activation activation, F f) {
 }
 
 // f(elements in an access, channels_last, activation), as constants.
-template <int WIDEST, typename F>
-cudaError_t with_constants(bool wide, bool channels_last, Activation activation, F f) {
+template <int ITEMSIZE, int VECTOR = widest_vector(ITEMSIZE), typename F>
+cudaError_t with_constants(int vector, bool channels_last, Activation activation, F f) {
+  if constexpr (VECTOR > 1) {
+    constexpr int kNarrower = narrower_vector(VECTOR, ITEMSIZE);
+    if (vector != VECTOR) return with_constants<ITEMSIZE, kNarrower>(vector, channels_last, activation, f);
+  }
   return with_activation(activation, [&](auto constant) {
-    using Wide = std::integral_constant<int, WIDEST>;
-    using Narrow = std::integral_constant<int, 1>;
-    if (wide) return channels_last ? f(Wide(), std::true_type(), constant) : f(Wide(), std::false_type(), constant);
-    return channels_last ? f(Narrow(), std::true_type(), constant) : f(Narrow(), std::false_type(), constant);
+    const std::integral_constant<int, VECTOR> elements;
+    return channels_last ? f(elements, std::true_type(), constant) : f(elements, std::false_type(), constant);
   });
 }
 

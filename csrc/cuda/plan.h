@@ -18,19 +18,22 @@ constexpr int kMaxTileChannels = 64;  // rows of 128 bytes in half precision: wh
 constexpr int kGroup = 8;             // neighbours that share a byte of packed bits
 constexpr int kAlignment = 64;        // of the parts of the workspace
 
-// Blocks that a multiprocessor holds at once: three leave each other 168 registers a thread, what 16-byte accesses to
-// half precision need; narrow accesses need fewer. Twelve in all is a whole number of waves of three, four or six.
-constexpr int kResidentWide = 3;
-constexpr int kResidentNarrow = 4;
+// Blocks that a multiprocessor holds at once: four leave each other 128 registers a thread, what 16-byte accesses to
+// half precision need. Twelve in all is a whole number of waves of three, four or six.
+constexpr int kResident = 4;
 constexpr int kBlocksPerMultiprocessor = 12;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int itemsize(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
-// Loads that a thread issues before it waits for the first: of wide accesses, of one element each.
-constexpr int kWideLoads = 4;
-constexpr int kNarrowLoads = 8;
+// Loads that a thread issues before it waits for the first, of accesses of so many bytes.
+constexpr int loads_at_once(int bytes) { return bytes == kAccessBytes ? 4 : 8; }
+
+// Elements in an access: the widest; where rows or pointers are not whole ones of those, 8 bytes of half precision
+// (planes of 14 x 14); or a single one.
+constexpr int widest_vector(int itemsize) { return kAccessBytes / itemsize; }
+constexpr int narrower_vector(int vector, int itemsize) { return itemsize == 2 && vector == 8 ? 4 : 1; }
 
 struct Plan {
   int tile_channels;
@@ -68,8 +71,9 @@ inline Plan plan_for(const Layout& layout, DType dtype, int multiprocessors) {
     elements_per_unit = kGroup;
   }
   // At least one round of loads for every thread of a block.
-  const int widest = kAccessBytes / itemsize(dtype), vector = layout.inner % widest == 0 ? widest : 1;
-  const int64_t loads = vector == 1 ? kNarrowLoads : kWideLoads;
+  int vector = widest_vector(itemsize(dtype));
+  while (layout.inner % vector != 0) vector = narrower_vector(vector, itemsize(dtype));
+  const int64_t loads = loads_at_once(vector * itemsize(dtype));
   const int64_t least_units = ceil_div(kThreads * loads * vector, elements_per_unit);
   const int64_t wanted = ceil_div(int64_t{multiprocessors} * kBlocksPerMultiprocessor, plan.channel_tiles);
   const int64_t splits = std::min(wanted, ceil_div(plan.units, least_units));
