@@ -17,6 +17,19 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #endif
 
+// The emulated CUDA part (csrc/emulation) runs on CPUs, beside the real one's operators.
+#ifdef BRN_EMULATED
+#define BRN_OPERATORS brn_kernels_emulated
+#define BRN_DEVICE CPU
+#else
+#define BRN_OPERATORS brn_kernels_native
+#ifdef BRN_CUDA
+#define BRN_DEVICE CUDA
+#else
+#define BRN_DEVICE CPU
+#endif
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -93,19 +106,34 @@ void* coefficients_of(const Tensor& coefficients, const Tensor& x, const brn::La
 }
 
 #ifdef BRN_CUDA
+void check_cuda(int error) { STD_TORCH_CHECK(error == 0, brn::error_message(error)); }
+
+int64_t workspace_bytes(Tensor x, std::vector<int64_t> layout) {
+  STD_TORCH_CHECK(layout.size() == 4, "layout: channels_last, outer, channels, inner");
+  int64_t bytes = 0;
+  const brn::Layout shape = {layout[0] != 0, layout[1], layout[2], layout[3]};
+  check_cuda(brn::workspace_bytes(shape, dtype_of(x), x.get_device_index(), &bytes));
+  return bytes;
+}
+
 template <typename Arguments>
-void run(int (*launch)(const Arguments&, int, void*, void*), const Arguments& arguments, const Tensor& x) {
+void run(int (*launch)(const Arguments&, int, void*, void*), const Arguments& arguments, const Tensor& x,
+         const MaybeTensor& workspace) {
   const int device = x.get_device_index();
+  int64_t bytes = 0;
+  check_cuda(brn::workspace_bytes(arguments.layout, arguments.dtype, device, &bytes));
+  STD_TORCH_CHECK(workspace.has_value() && workspace->scalar_type() == ScalarType::Byte && workspace->is_contiguous() &&
+                      workspace->get_device_index() == device && workspace->numel() >= bytes,
+                  "workspace: of workspace_bytes bytes");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const int64_t bytes = brn::workspace_bytes(arguments.layout, arguments.dtype, device);
-  const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-  const int error = launch(arguments, device, stream, workspace.data_ptr());
-  STD_TORCH_CHECK(error == 0, brn::error_message(error));
+  check_cuda(launch(arguments, device, stream, workspace->data_ptr()));
 }
 #else
+int64_t workspace_bytes(Tensor, std::vector<int64_t>) { return 0; }
+
 template <typename Arguments>
-void run(void (*loops)(const Arguments&), const Arguments& arguments, const Tensor&) {
+void run(void (*loops)(const Arguments&), const Arguments& arguments, const Tensor&, const MaybeTensor&) {
   loops(arguments);
 }
 #endif
@@ -114,7 +142,7 @@ void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTe
              MaybeTensor running_mean, MaybeTensor running_var, MaybeTensor num_batches_tracked, MaybeTensor clipped,
              MaybeTensor limits, Tensor saved, std::vector<int64_t> layout, std::vector<int64_t> strides,
              std::vector<double> schedule, std::optional<double> momentum, double eps, int64_t activation,
-             MaybeTensor coefficients) {
+             MaybeTensor coefficients, MaybeTensor workspace) {
   const brn::Layout shape = layout_of(layout, x);
   check_saved(saved, x, shape);
   STD_TORCH_CHECK(schedule.size() == 5, "schedule: r_max, d_max, hold, r_ramp, d_ramp");
@@ -151,12 +179,12 @@ void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTe
   arguments.activation = activation_of(activation);
   arguments.saved = saved.data_ptr();
   if (coefficients.has_value()) arguments.coefficients = coefficients_of(*coefficients, x, shape);
-  run(brn::forward, arguments, x);
+  run(brn::forward, arguments, x, workspace);
 }
 
 // y of coefficients that a forward wrote, with the same bits.
 void apply(Tensor x, Tensor y, Tensor coefficients, std::vector<int64_t> layout, std::vector<int64_t> strides,
-           int64_t activation) {
+           int64_t activation, MaybeTensor workspace) {
   brn::ForwardArguments arguments = {};
   arguments.dtype = dtype_of(x);
   arguments.layout = layout_of(layout, x);
@@ -165,12 +193,12 @@ void apply(Tensor x, Tensor y, Tensor coefficients, std::vector<int64_t> layout,
   arguments.activation = activation_of(activation);
   arguments.coefficients = coefficients_of(coefficients, x, arguments.layout);
   arguments.given = true;
-  run(brn::forward, arguments, x);
+  run(brn::forward, arguments, x, workspace);
 }
 
 void backward(Tensor dy, Tensor x, MaybeTensor residual, MaybeTensor bits, MaybeTensor weight, MaybeTensor bias,
               Tensor saved, MaybeTensor dx, MaybeTensor dresidual, Tensor dweight, Tensor dbias,
-              std::vector<int64_t> layout, std::vector<int64_t> strides, int64_t activation) {
+              std::vector<int64_t> layout, std::vector<int64_t> strides, int64_t activation, MaybeTensor workspace) {
   const brn::Layout shape = layout_of(layout, x);
   check_saved(saved, x, shape);
   brn::BackwardArguments arguments;
@@ -193,45 +221,64 @@ void backward(Tensor dy, Tensor x, MaybeTensor residual, MaybeTensor bits, Maybe
   }
   arguments.dweight = dweight.data_ptr();
   arguments.dbias = dbias.data_ptr();
-  run(brn::backward, arguments, x);
+  run(brn::backward, arguments, x, workspace);
 }
 
 }  // namespace
 
-#ifdef BRN_CUDA
+#if !defined(BRN_CUDA) || defined(BRN_EMULATED)
 
-STABLE_TORCH_LIBRARY_IMPL(brn_kernels_native, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&forward));
-  m.impl("apply", TORCH_BOX(&apply));
-  m.impl("backward", TORCH_BOX(&backward));
-}
-
-#else
-
-STABLE_TORCH_LIBRARY(brn_kernels_native, m) {
+STABLE_TORCH_LIBRARY(BRN_OPERATORS, m) {
   m.def(
       "forward(Tensor x, Tensor? residual, Tensor(a!) y, Tensor(b!)? bits, Tensor? weight, Tensor? bias,"
       " Tensor(c!)? running_mean, Tensor(d!)? running_var, Tensor(e!)? num_batches_tracked, Tensor(f!)? clipped,"
       " Tensor? limits, Tensor(g!) saved, int[] layout, int[] strides, float[] schedule, float? momentum, float eps,"
-      " int activation, Tensor(h!)? coefficients=None) -> ()");
-  m.def("apply(Tensor x, Tensor(a!) y, Tensor coefficients, int[] layout, int[] strides, int activation) -> ()");
+      " int activation, Tensor(h!)? coefficients, Tensor(i!)? workspace) -> ()");
+  m.def(
+      "apply(Tensor x, Tensor(a!) y, Tensor coefficients, int[] layout, int[] strides, int activation,"
+      " Tensor(b!)? workspace) -> ()");
   m.def(
       "backward(Tensor dy, Tensor x, Tensor? residual, Tensor? bits, Tensor? weight, Tensor? bias, Tensor saved,"
       " Tensor(a!)? dx, Tensor(b!)? dresidual, Tensor(c!) dweight, Tensor(d!) dbias, int[] layout, int[] strides,"
-      " int activation) -> ()");
+      " int activation, Tensor(e!)? workspace) -> ()");
+  m.def("workspace_bytes(Tensor x, int[] layout) -> int");
   m.def("instruction_set() -> str");
+  m.def("device_error(int device) -> str");
 }
 
-std::string instruction_set() { return brn::instruction_set(); }
+#endif
 
-STABLE_TORCH_LIBRARY_IMPL(brn_kernels_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(BRN_OPERATORS, BRN_DEVICE, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("apply", TORCH_BOX(&apply));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("workspace_bytes", TORCH_BOX(&workspace_bytes));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(brn_kernels_native, CompositeExplicitAutograd, m) {
+#ifndef BRN_CUDA
+
+std::string instruction_set() { return brn::instruction_set(); }
+
+STABLE_TORCH_LIBRARY_IMPL(BRN_OPERATORS, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
+}
+
+#else
+
+std::string version_name(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// Why no kernel runs on that GPU; empty if they do.
+std::string device_error(int64_t device) {
+  const int error = brn::try_device(static_cast<int>(device));
+  if (error == 0) return "";
+  return std::string(brn::error_message(error)) + " (compiled by CUDA " + version_name(brn::compiled_version()) +
+         ", the driver is for " + version_name(brn::driver_version()) + ")";
+}
+
+STABLE_TORCH_LIBRARY_IMPL(BRN_OPERATORS, CompositeExplicitAutograd, m) {
+  m.impl("device_error", TORCH_BOX(&device_error));
 }
 
 #endif

@@ -59,7 +59,9 @@ def poisoned_empties(monkeypatch):
             if tensor.is_meta or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
                 return tensor
             with torch.no_grad():
-                return tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+                # a NaN of any dtype too, where bytes are a workspace
+                filling = float("nan") if tensor.is_floating_point() else 0xFF if tensor.dtype == torch.uint8 else 1
+                return tensor.fill_(filling)
 
         return made
 

@@ -25,7 +25,8 @@ def unusable(device_type: str) -> str | None:
         return f"its kernels run on CPUs and NVIDIA GPUs, not on {device_type}"
     if device_type == "cuda" and torch.version.hip is not None:
         return "its kernels run on NVIDIA GPUs, not on AMD's"
-    return _load().get(device_type)
+    reason = _load().get(device_type)
+    return _gpu_refuses() if reason is None and device_type == "cuda" else reason
 
 
 def is_fused(
@@ -53,6 +54,18 @@ def _load() -> dict[str, str | None]:
         missing["cuda"] = _cannot_load(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so", of_torch=True)
         missing["cuda"] = missing["cuda"] or _cannot_load(built.cuda)
     return missing
+
+
+def _gpu_refuses() -> str | None:
+    """Why the current GPU runs none of the kernels: no code for it, a driver that is too old ...; None if it does."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    device = torch.cuda.current_device()  # another would cost it a context, some hundred MB
+    error = torch.ops.brn_kernels_native.device_error(device)
+    if not error:
+        return None
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return f"{name} (sm_{capability[0]}{capability[1]}): {error}; `brn build --cuda` compiles for what it is told"
 
 
 def _cannot_load(library: Path, of_torch: bool = False) -> str | None:
@@ -98,12 +111,13 @@ def forward(
     saved = torch.empty(4, shape.channels, dtype=reference.statistics_dtype(x), device=x.device)
     kept = reference.keeps_bits(residual, activation)
     bits = torch.empty(layout.bits_shape(x), dtype=torch.uint8, device=x.device) if kept else reference.empty_bits(x)
+    workspace = _workspace(x, shape)
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
     torch.ops.brn_kernels_native.forward(
         source.tensor, extra.tensor, target.tensor, bits if kept else None, dense(weight), dense(bias), dense_mean,
         dense_var, num_batches_tracked, dense_clipped, dense(limits), saved, shape,
         source.strides + extra.strides + target.strides, schedule, momentum, eps, ACTIVATION_CODES[activation],
-        coefficients,
+        coefficients, workspace,
     )  # fmt: skip
     target.copy_to(y)
     copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
@@ -117,8 +131,9 @@ def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     y = torch.empty_like(x)
     target = writable(y, shape)
     torch.ops.brn_kernels_native.apply(
-        source.tensor, target.tensor, coefficients, shape, source.strides + target.strides, ACTIVATION_CODES[activation]
-    )
+        source.tensor, target.tensor, coefficients, shape, source.strides + target.strides,
+        ACTIVATION_CODES[activation], _workspace(x, shape),
+    )  # fmt: skip
     target.copy_to(y)
     return y
 
@@ -156,8 +171,19 @@ def backward(
         upstream.tensor, source.tensor, extra.tensor, bits.contiguous() if kept else None, dense(weight), dense(bias),
         saved.contiguous(), to_x.tensor, to_residual.tensor, dweight, dbias, shape,
         upstream.strides + source.strides + extra.strides + to_x.strides + to_residual.strides,
-        ACTIVATION_CODES[activation],
+        ACTIVATION_CODES[activation], _workspace(x, shape),
     )  # fmt: skip
     to_x.copy_to(dx)
     to_residual.copy_to(dresidual)
     return dx, dweight, dbias, dresidual
+
+
+def _workspace(x: Tensor, shape: layout.Layout) -> Tensor | None:
+    """Scratch memory for a call; made here, so that running out of memory is PyTorch's ``OutOfMemoryError``."""
+    size = _workspace_bytes(shape, x.dtype, x.device)
+    return torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _workspace_bytes(shape: layout.Layout, dtype: torch.dtype, device: torch.device) -> int:
+    return torch.ops.brn_kernels_native.workspace_bytes(torch.empty(0, dtype=dtype, device=device), shape)

@@ -35,6 +35,10 @@ SANITIZED = (
     *("-O1", "-g", "-fno-omit-frame-pointer"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
 )
+EMULATED = (
+    *("-DBRN_EMULATED", "-Og", "-Icsrc/emulation", "-Wno-unknown-pragmas", "-Wno-unused"),
+    *("-U_FORTIFY_SOURCE",),  # it takes a jump between fibers for a mistake
+)
 TORCH_LIBRARIES = ("-ltorch_cpu", "-ltorch", "-lc10")  # no torch_cuda: CPU builds of torch have none to link with
 
 Manifest = dict[str, Any]
@@ -57,6 +61,8 @@ def sources() -> Path | None:
 
 def compilations(library: str, csrc: Path, architectures: Sequence[str], sanitize: bool) -> list[Compilation]:
     """All that goes into a library."""
+    if library == "emulated":
+        return _emulated(csrc)
     return _cuda(csrc, architectures) if library == "cuda" else _cpu(csrc, sanitize)
 
 
@@ -89,10 +95,24 @@ def _cuda(csrc: Path, architectures: Sequence[str]) -> list[Compilation]:
     return found
 
 
+def _emulated(csrc: Path) -> list[Compilation]:
+    """The CUDA kernels as C++, for tests on machines without a GPU."""
+    flags = (*CXX_FLAGS, *CUDA_CXX_FLAGS, *EMULATED)
+    found = [Compilation("ops.cpp", "emulated/ops.o", flags)]
+    for path in sorted(csrc.glob("emulation/*.cpp")):
+        found.append(Compilation(f"emulation/{path.name}", f"emulated/{path.stem}.o", flags))
+    for path in sorted(csrc.glob("cuda/*.cu")):
+        each = (*flags, "-x", "c++")
+        found.append(Compilation(f"cuda/{path.name}", f"emulated/cuda/{path.stem}.o", each))
+    return found
+
+
 def link_flags(library: str, sanitize: bool) -> tuple[str, ...]:
     """Those after the objects. Torch's libraries are loaded before ours: no path to them is recorded."""
     if library == "cuda":
         return ("-shared", "-cudart=static", *TORCH_LIBRARIES)
+    if library == "emulated":
+        return ("-shared", "-Wl,-Bsymbolic", *TORCH_LIBRARIES)  # its own stream, even where torch has CUDA's
     if sanitize or sys.platform != "linux":
         return ("-shared", *(SANITIZED if sanitize else ()), *TORCH_LIBRARIES)
     return ("-shared", "-Wl,--no-undefined", *TORCH_LIBRARIES)  # better now than when it is loaded
@@ -119,8 +139,9 @@ def digest_of_sources(library: str) -> str | None:
     csrc = sources()
     if csrc is None:
         return None
+    folders = ("cuda", "emulation") if library == "emulated" else (library,)
     digest = hashlib.sha256()
-    for path in sorted(path for folder in (csrc, csrc / library) for path in folder.glob("*.*")):
+    for path in sorted(path for folder in (csrc, *(csrc / name for name in folders)) for path in folder.glob("*.*")):
         if path.suffix in SOURCE_SUFFIXES:
             content = path.read_bytes()
             digest.update(f"{path.relative_to(csrc)} {len(content)}\n".encode() + content)

@@ -14,7 +14,7 @@ namespace {
 template <typename E, int VEC>
 struct Read {
   Place place;
-  Vector<E, VEC> dy, x, residual;
+  Packed<E, VEC> dy, x, residual;
   unsigned bits;  // from the place's own on
 };
 
@@ -25,8 +25,8 @@ __device__ __forceinline__ void read_round(const BackwardArguments& a, W& walk, 
     Read<E, VEC>& read = reads[u];
     read = {walk.next(), {}, {}, {}, 0};
     if (read.place.exists) {
-      read.dy = load<E, VEC>(a.dy.data, walk.offset(a.dy, read.place));
-      read.x = load<E, VEC>(a.x.data, walk.offset(a.x, read.place));
+      read.dy = load_packed<E, VEC>(a.dy.data, walk.offset(a.dy, read.place));
+      read.x = load_packed<E, VEC>(a.x.data, walk.offset(a.x, read.place));
     }
   }
   if (A == Activation::relu && a.bits != nullptr) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ void read_round(const BackwardArguments& a, W& walk, 
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const Place& place = reads[u].place;
-      if (place.exists) reads[u].residual = load<E, VEC>(a.residual.data, walk.offset(a.residual, place));
+      if (place.exists) reads[u].residual = load_packed<E, VEC>(a.residual.data, walk.offset(a.residual, place));
     }
   }
 }
@@ -48,20 +48,20 @@ __device__ __forceinline__ void read_round(const BackwardArguments& a, W& walk, 
 template <Activation A, typename E, int VEC, typename T>
 __device__ __forceinline__ T gradient(const BackwardArguments& a, const Read<E, VEC>& read, int i, T centered,
                                       T z_scale, T z_shift) {
-  const T dy = value_of(read.dy.elements[i]);
+  const T dy = value_of(read.dy[i]);
   if (A == Activation::none) return dy;
   if (A == Activation::relu && a.bits != nullptr) return (read.bits >> i & 1) != 0 ? dy : 0;
   T z = fma(centered, z_scale, z_shift);
-  if (a.residual.data != nullptr) z += value_of(read.residual.elements[i]);
+  if (a.residual.data != nullptr) z += value_of(read.residual[i]);
   return activation_backward<A>(dy, z);
 }
 
 template <typename E, int VEC, bool CHANNELS_LAST, Activation A>
-__global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kResidentWide)
+__global__ void __launch_bounds__(kThreads, kResident)
     reduce_kernel(const __grid_constant__ BackwardArguments a, const __grid_constant__ Geometry geometry,
                   const __grid_constant__ Workspace<Arithmetic<E>> workspace) {
   using T = Arithmetic<E>;
-  constexpr int kUnroll = (VEC == 1 ? kNarrowLoads : kWideLoads) / 2, kChannels = CHANNELS_LAST ? VEC : 1;
+  constexpr int kUnroll = kLoadsAtOnce<E, VEC> / 2, kChannels = CHANNELS_LAST ? VEC : 1;
   __shared__ SumBuffer<T> buffers[2];
   __shared__ BackwardCoefficients<T> of_tile[kMaxTileChannels];
   Walk<VEC, CHANNELS_LAST, kUnroll, false> walk(geometry);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
         const int c = CHANNELS_LAST ? i : 0;
-        const T centered = value_of(reads[u].x.elements[i]) - mean[c];
+        const T centered = value_of(reads[u].x[i]) - mean[c];
         const T g = gradient<A>(a, reads[u], i, centered, z_scale[c], z_shift[c]);
         if (reads[u].place.exists) {
           s1[i] += g;
@@ -108,11 +108,11 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
 }
 
 template <typename E, int VEC, bool CHANNELS_LAST, Activation A>
-__global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kResidentWide)
+__global__ void __launch_bounds__(kThreads, kResident)
     apply_kernel(const __grid_constant__ BackwardArguments a, const __grid_constant__ Geometry geometry,
                  const __grid_constant__ Workspace<Arithmetic<E>> workspace) {
   using T = Arithmetic<E>;
-  constexpr int kUnroll = (VEC == 1 ? kNarrowLoads : kWideLoads) / 2, kChannels = CHANNELS_LAST ? VEC : 1;
+  constexpr int kUnroll = kLoadsAtOnce<E, VEC> / 2, kChannels = CHANNELS_LAST ? VEC : 1;
   Walk<VEC, CHANNELS_LAST, kUnroll, true> walk(geometry);
   // The members of BackwardCoefficients.
   Vector<T, kChannels> mean = {}, z_scale = {}, z_shift = {}, dx_of_g = {}, dx_of_x = {}, dx_shift = {};
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
         const int c = CHANNELS_LAST ? i : 0;
-        const T centered = value_of(reads[u].x.elements[i]) - mean.elements[c];
+        const T centered = value_of(reads[u].x[i]) - mean.elements[c];
         const T g = gradient<A>(a, reads[u], i, centered, z_scale.elements[c], z_shift.elements[c]);
         round_to(dresidual.elements[i], g);
         round_to(dx.elements[i], fma(g, dx_of_g.elements[c], fma(centered, dx_of_x.elements[c], dx_shift.elements[c])));
@@ -155,24 +155,28 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
 template <typename E>
 cudaError_t launch_backward(const BackwardArguments& a, const Plan& plan, void* memory, cudaStream_t stream) {
   using T = Arithmetic<E>;
-  constexpr int kWidest = kAccessBytes / sizeof(E);
-  bool wide = true;
-  for (const Side& side : {a.dy, a.x, a.residual, a.dx, a.dresidual}) {
-    wide = wide && is_aligned(side, a.layout, kWidest, kAccessBytes);
-  }
+  const int vector = vector_for({a.dy, a.x, a.residual, a.dx, a.dresidual}, a.layout, sizeof(E));
   const int64_t blocks = plan.channel_tiles * plan.splits;
   const Workspace<T> workspace = workspace_at<T>(memory, plan, a.layout);
-  return with_constants<kWidest>(wide, a.layout.channels_last, a.activation, [&](auto vec, auto last, auto activation) {
-    constexpr int kVector = decltype(vec)::value;
-    constexpr bool kLast = decltype(last)::value;
-    constexpr Activation kActivation = decltype(activation)::value;
-    cudaError_t error = launch(reduce_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
-                               geometry_of(a.layout, plan, kVector, false), workspace);
-    if (error == cudaSuccess) error = launch_backward_finish<T>(a, plan, memory, stream);
-    if (error != cudaSuccess || (a.dx.data == nullptr && a.dresidual.data == nullptr)) return error;
-    return launch(apply_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
-                  geometry_of(a.layout, plan, kVector, true), workspace);
-  });
+  return with_constants<sizeof(E)>(
+      vector, a.layout.channels_last, a.activation, [&](auto vec, auto last, auto activation) {
+        constexpr int kVector = decltype(vec)::value;
+        constexpr bool kLast = decltype(last)::value;
+        constexpr Activation kActivation = decltype(activation)::value;
+        static std::atomic<uint64_t> devices{0};
+        cudaError_t error = load_once(devices, [] {
+          cudaError_t error = load_kernel(reduce_kernel<E, kVector, kLast, kActivation>);
+          if (error == cudaSuccess) error = load_backward_finish<T>();
+          return error != cudaSuccess ? error : load_kernel(apply_kernel<E, kVector, kLast, kActivation>);
+        });
+        if (error != cudaSuccess) return error;
+        error = launch(reduce_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
+                       geometry_of(a.layout, plan, kVector, false), workspace);
+        if (error == cudaSuccess) error = launch_backward_finish<T>(a, plan, memory, stream);
+        if (error != cudaSuccess || (a.dx.data == nullptr && a.dresidual.data == nullptr)) return error;
+        return launch(apply_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
+                      geometry_of(a.layout, plan, kVector, true), workspace);
+      });
 }
 
 }  // namespace brn

@@ -1,7 +1,7 @@
 // Between the two passes of either direction: one small launch that combines the partial results of all splits of a
 // channel, in double and in a fixed order.
+#include "../math.h"
 #include "launch.cuh"
-#include "walk.cuh"
 
 namespace brn {
 namespace {
@@ -22,21 +22,23 @@ FinishShape finish_shape(const Plan& plan) {
   return {channels, ceil_div(plan.padded_channels, channels)};
 }
 
-struct Pair {
-  double first, second;
+template <int N>
+struct Sums {
+  double values[N];
 };
 
-// The sum of the block's pairs that belong to a channel, for the first `channels` threads.
-__device__ __forceinline__ Pair sum_over_splits(Pair own, int channels) {
-  __shared__ Pair pairs[kFinishThreads];
+// The sums of the block's threads that belong to a channel, for the first `channels` threads.
+template <int N>
+__device__ __forceinline__ Sums<N> sum_over_splits(Sums<N> own, int channels) {
+  __shared__ Sums<N> all[kFinishThreads];
   const int thread = threadIdx.x;
-  pairs[thread] = own;
+  all[thread] = own;
   __syncthreads();
   for (int distance = kFinishThreads / 2; distance >= channels; distance /= 2) {
     if (thread < distance) {
-      own.first += pairs[thread + distance].first;
-      own.second += pairs[thread + distance].second;
-      pairs[thread] = own;
+#pragma unroll
+      for (int i = 0; i < N; ++i) own.values[i] += all[thread + distance].values[i];
+      all[thread] = own;
     }
     __syncthreads();
   }
@@ -54,8 +56,8 @@ __device__ __forceinline__ void store_coefficients(const Workspace<T>& workspace
 
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads)
-    forward_finish_kernel(const __grid_constant__ ForwardArguments a, const __grid_constant__ Geometry geometry,
-                          const __grid_constant__ Workspace<T> workspace, const int block_channels) {
+    forward_finish_kernel(const __grid_constant__ ForwardArguments a, const __grid_constant__ Workspace<T> workspace,
+                          const int64_t splits, const int block_channels) {
   const int64_t channels = a.layout.channels;
   const int64_t channel = int64_t{blockIdx.x} * block_channels + threadIdx.x % block_channels;
   const bool exists = channel < channels;
@@ -67,18 +69,17 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
   // Sums about the mean of one split: what cancels is bounded, as in the stream kernel.
   double origin = 0;
-  Pair sums = {0, 0};
+  Sums<3> sums = {};  // of distances, of squares, of splits whose y is not written
   if (exists) {
     origin = workspace.first[channel];
 #pragma unroll 4
-    for (int64_t split = threadIdx.x / block_channels; split < geometry.splits;
-         split += kFinishThreads / block_channels) {
-      const double count = static_cast<double>(a.layout.channels_last
-                                                   ? values_in_split<true>(geometry, split, geometry.units_per_split)
-                                                   : values_in_split<false>(geometry, split, geometry.units_per_split));
-      const double distance = workspace.first[split * channels + channel] - origin;
-      sums.first += count * distance;
-      sums.second += workspace.second[split * channels + channel] + count * distance * distance;
+    for (int64_t split = threadIdx.x / block_channels; split < splits; split += kFinishThreads / block_channels) {
+      const int64_t slot = split * channels + channel;
+      const double signed_count = workspace.counts[slot], count = fabs(signed_count);
+      const double distance = workspace.first[slot] - origin;
+      sums.values[0] += count * distance;
+      sums.values[1] += workspace.second[slot] + count * distance * distance;
+      sums.values[2] += signed_count < 0 ? 1 : 0;
     }
   }
   sums = sum_over_splits(sums, block_channels);
@@ -90,10 +91,10 @@ __global__ void __launch_bounds__(kFinishThreads)
 
   const double count = static_cast<double>(a.layout.outer) * (a.layout.channels_last ? 1 : a.layout.inner);
   const Limits<T> limits = limits_at<T>(a.schedule, a.counter);
-  const bool predicted = predicted_unclipped(a, channel, limits);  // before `clipped` is overwritten
-  const Correction<T> it = finish_channel(a, channel, moments_of(count, origin, sums.first, sums.second), limits);
+  const Correction<T> it =
+      finish_channel(a, channel, moments_of(count, origin, sums.values[0], sums.values[1]), limits);
   store_coefficients(workspace, channel, it.coefficients);
-  workspace.flags[channel] = it.applies || !predicted;
+  workspace.flags[channel] = it.applies || sums.values[2] > 0;
 }
 
 template <typename T>
@@ -102,19 +103,19 @@ __global__ void __launch_bounds__(kFinishThreads)
                            const int64_t splits, const int block_channels) {
   const int64_t channels = a.layout.channels;
   const int64_t channel = int64_t{blockIdx.x} * block_channels + threadIdx.x % block_channels;
-  Pair sums = {0, 0};
+  Sums<2> sums = {};
   if (channel < channels) {
 #pragma unroll 4
     for (int64_t split = threadIdx.x / block_channels; split < splits; split += kFinishThreads / block_channels) {
-      sums.first += workspace.first[split * channels + channel];
-      sums.second += workspace.second[split * channels + channel];
+      sums.values[0] += workspace.first[split * channels + channel];
+      sums.values[1] += workspace.second[split * channels + channel];
     }
   }
   sums = sum_over_splits(sums, block_channels);
   if (static_cast<int>(threadIdx.x) >= block_channels || channel >= channels) return;
 
   const double count = static_cast<double>(a.layout.outer) * (a.layout.channels_last ? 1 : a.layout.inner);
-  const BackwardCoefficients<T> it = finish_backward_channel<T>(a, channel, count, sums.first, sums.second);
+  const BackwardCoefficients<T> it = finish_backward_channel<T>(a, channel, count, sums.values[0], sums.values[1]);
   T* coefficients = workspace.coefficients + channel;
   const int64_t next = workspace.padded_channels;
   coefficients[0] = it.mean;
@@ -131,7 +132,7 @@ template <typename T>
 cudaError_t launch_forward_finish(const ForwardArguments& a, const Plan& plan, void* memory, cudaStream_t stream) {
   const FinishShape shape = finish_shape(plan);
   return launch(forward_finish_kernel<T>, shape.blocks, kFinishThreads, stream, a,
-                geometry_of(a.layout, plan, 1, false), workspace_at<T>(memory, plan, a.layout), shape.channels);
+                workspace_at<T>(memory, plan, a.layout), plan.splits, shape.channels);
 }
 
 template <typename T>
@@ -141,6 +142,20 @@ cudaError_t launch_backward_finish(const BackwardArguments& a, const Plan& plan,
                 workspace_at<T>(memory, plan, a.layout), plan.splits, shape.channels);
 }
 
+template <typename T>
+cudaError_t load_forward_finish() {
+  return load_kernel(forward_finish_kernel<T>);
+}
+
+template <typename T>
+cudaError_t load_backward_finish() {
+  return load_kernel(backward_finish_kernel<T>);
+}
+
+template cudaError_t load_forward_finish<float>();
+template cudaError_t load_forward_finish<double>();
+template cudaError_t load_backward_finish<float>();
+template cudaError_t load_backward_finish<double>();
 template cudaError_t launch_forward_finish<float>(const ForwardArguments&, const Plan&, void*, cudaStream_t);
 template cudaError_t launch_forward_finish<double>(const ForwardArguments&, const Plan&, void*, cudaStream_t);
 template cudaError_t launch_backward_finish<float>(const BackwardArguments&, const Plan&, void*, cudaStream_t);

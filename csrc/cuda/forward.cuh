@@ -14,7 +14,7 @@ namespace {
 // each. Every thread of the warp calls it, and those that are to write do.
 template <Activation A, typename E, int VEC, bool CHANNELS_LAST, typename W>
 __device__ __forceinline__ void write(const ForwardArguments& a, const W& walk, const Place& place, bool writes,
-                                      const Vector<E, VEC>& x, const Vector<E, VEC>& residual,
+                                      const Packed<E, VEC>& x, const Packed<E, VEC>& residual,
                                       const Coefficients<Arithmetic<E>> (&coefficients)[CHANNELS_LAST ? VEC : 1]) {
   using T = Arithmetic<E>;
   Vector<E, VEC> y;
@@ -22,8 +22,8 @@ __device__ __forceinline__ void write(const ForwardArguments& a, const W& walk, 
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
     const Coefficients<T>& c = coefficients[CHANNELS_LAST ? i : 0];
-    T z = fma(value_of(x.elements[i]) - c.pivot, c.scale, c.shift);
-    if (a.residual.data != nullptr) z += value_of(residual.elements[i]);
+    T z = fma(value_of(x[i]) - c.pivot, c.scale, c.shift);
+    if (a.residual.data != nullptr) z += value_of(residual[i]);
     if (A == Activation::relu) bits |= (z <= 0 ? 0u : 1u) << i;
     round_to(y.elements[i], activate<A>(z));
   }
@@ -37,27 +37,27 @@ __device__ __forceinline__ void write(const ForwardArguments& a, const W& walk, 
 // A thread's sums of x over its first round, which it reads again at once: holding it would take many registers.
 template <typename E, int VEC, typename W>
 __device__ __forceinline__ Vector<Arithmetic<E>, VEC> first_sums(const ForwardArguments& a, W walk) {
-  Vector<E, VEC> x[W::kUnroll] = {};
+  Packed<E, VEC> x[W::kUnroll] = {};
 #pragma unroll
   for (int u = 0; u < W::kUnroll; ++u) {
     const Place place = walk.next();
-    if (place.exists) x[u] = load<E, VEC>(a.x.data, walk.offset(a.x, place));
+    if (place.exists) x[u] = load_packed<E, VEC>(a.x.data, walk.offset(a.x, place));
   }
   Vector<Arithmetic<E>, VEC> sums = {};
 #pragma unroll
   for (int u = 0; u < W::kUnroll; ++u) {
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) sums.elements[i] += value_of(x[u].elements[i]);
+    for (int i = 0; i < VEC; ++i) sums.elements[i] += value_of(x[u][i]);
   }
   return sums;
 }
 
 template <typename E, int VEC, bool CHANNELS_LAST, Activation A>
-__global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kResidentWide)
+__global__ void __launch_bounds__(kThreads, kResident)
     stream_kernel(const __grid_constant__ ForwardArguments a, const __grid_constant__ Geometry geometry,
                   const __grid_constant__ Workspace<Arithmetic<E>> workspace) {
   using T = Arithmetic<E>;
-  constexpr int kUnroll = VEC == 1 ? kNarrowLoads : kWideLoads, kChannels = CHANNELS_LAST ? VEC : 1;
+  constexpr int kUnroll = kLoadsAtOnce<E, VEC>, kChannels = CHANNELS_LAST ? VEC : 1;
   __shared__ SumBuffer<T> buffers[2];
   __shared__ T origins[kMaxTileChannels];
   __shared__ Coefficients<T> predictions[kMaxTileChannels];
@@ -101,36 +101,33 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
 
   for (int64_t round = 0; round < walk.rounds(); ++round) {
     Place places[kUnroll];
-    Vector<E, VEC> x[kUnroll] = {};
+    Packed<E, VEC> x[kUnroll] = {};
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       places[u] = walk.next();
-      if (places[u].exists) x[u] = load<E, VEC>(a.x.data, walk.offset(a.x, places[u]));
+      if (places[u].exists) x[u] = load_packed<E, VEC>(a.x.data, walk.offset(a.x, places[u]));
+    }
+    // The residual too before anything is stored: the compiler moves no load across a store.
+    Packed<E, VEC> residual[kUnroll] = {};
+    if (speculates && a.residual.data != nullptr) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const Place& place = places[u];
+        if (place.exists && writes) residual[u] = load_packed<E, VEC>(a.residual.data, walk.offset(a.residual, place));
+      }
     }
 #pragma unroll
-    for (int half = 0; half < kUnroll; half += kUnroll / 2) {
-      // Half at a time: the whole residual would take too many registers.
-      Vector<E, VEC> residual[kUnroll / 2] = {};
-      if (speculates && a.residual.data != nullptr) {
+    for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
-        for (int u = 0; u < kUnroll / 2; ++u) {
-          const Place& place = places[half + u];
-          if (place.exists && writes) residual[u] = load<E, VEC>(a.residual.data, walk.offset(a.residual, place));
-        }
+      for (int i = 0; i < VEC; ++i) {
+        const T distance = value_of(x[u][i]) - origin[CHANNELS_LAST ? i : 0];
+        const T centered = places[u].exists ? distance : 0;
+        s1[i] += centered;
+        s2[i] = fma(centered, centered, s2[i]);
       }
-#pragma unroll
-      for (int u = half; u < half + kUnroll / 2; ++u) {
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-          const T distance = value_of(x[u].elements[i]) - origin[CHANNELS_LAST ? i : 0];
-          const T centered = places[u].exists ? distance : 0;
-          s1[i] += centered;
-          s2[i] = fma(centered, centered, s2[i]);
-        }
-        if (speculates) {
-          write<A, E, VEC, CHANNELS_LAST>(a, walk, places[u], writes && places[u].exists, x[u], residual[u - half],
-                                          coefficients);
-        }
+      if (speculates) {
+        write<A, E, VEC, CHANNELS_LAST>(a, walk, places[u], writes && places[u].exists, x[u], residual[u],
+                                        coefficients);
       }
     }
   }
@@ -140,17 +137,19 @@ __global__ void __launch_bounds__(kThreads, VEC == 1 ? kResidentNarrow : kReside
   if (thread < geometry.tile_channels && own_channel < a.layout.channels) {
     const int64_t count = values_in_split<CHANNELS_LAST>(geometry, walk.split(), geometry.units_per_split);
     const Moments moments = moments_of(static_cast<double>(count), origins[thread], total1, total2);
-    workspace.first[walk.split() * a.layout.channels + own_channel] = moments.mean;
-    workspace.second[walk.split() * a.layout.channels + own_channel] = moments.m2;
+    const int64_t slot = walk.split() * a.layout.channels + own_channel;
+    workspace.first[slot] = moments.mean;
+    workspace.second[slot] = moments.m2;
+    workspace.counts[slot] = predicted[thread] ? moments.count : -moments.count;
   }
 }
 
 template <typename E, int VEC, bool CHANNELS_LAST, Activation A>
-__global__ void __launch_bounds__(kThreads, kResidentWide)
+__global__ void __launch_bounds__(kThreads, kResident)
     repair_kernel(const __grid_constant__ ForwardArguments a, const __grid_constant__ Geometry geometry,
                   const __grid_constant__ Workspace<Arithmetic<E>> workspace) {
   using T = Arithmetic<E>;
-  constexpr int kUnroll = VEC == 1 ? kNarrowLoads : kWideLoads, kChannels = CHANNELS_LAST ? VEC : 1;
+  constexpr int kUnroll = kLoadsAtOnce<E, VEC>, kChannels = CHANNELS_LAST ? VEC : 1;
   // Here nobody reads the counter any more.
   if (blockIdx.x == 0 && threadIdx.x == 0 && a.counter != nullptr) ++*a.counter;
 
@@ -177,17 +176,17 @@ __global__ void __launch_bounds__(kThreads, kResidentWide)
 
   for (int64_t round = 0; round < walk.rounds(); ++round) {
     Place places[kUnroll];
-    Vector<E, VEC> x[kUnroll] = {}, residual[kUnroll] = {};
+    Packed<E, VEC> x[kUnroll] = {}, residual[kUnroll] = {};
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       places[u] = walk.next();
       places[u].exists = places[u].exists && writes;
-      if (places[u].exists) x[u] = load<E, VEC>(a.x.data, walk.offset(a.x, places[u]));
+      if (places[u].exists) x[u] = load_packed<E, VEC>(a.x.data, walk.offset(a.x, places[u]));
     }
     if (a.residual.data != nullptr) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (places[u].exists) residual[u] = load<E, VEC>(a.residual.data, walk.offset(a.residual, places[u]));
+        if (places[u].exists) residual[u] = load_packed<E, VEC>(a.residual.data, walk.offset(a.residual, places[u]));
       }
     }
 #pragma unroll
@@ -202,25 +201,29 @@ __global__ void __launch_bounds__(kThreads, kResidentWide)
 template <typename E>
 cudaError_t launch_forward(const ForwardArguments& a, const Plan& plan, void* memory, cudaStream_t stream) {
   using T = Arithmetic<E>;
-  constexpr int kWidest = kAccessBytes / sizeof(E);
-  bool wide = true;
-  for (const Side& side : {a.x, a.residual, a.y}) wide = wide && is_aligned(side, a.layout, kWidest, kAccessBytes);
+  const int vector = vector_for({a.x, a.residual, a.y}, a.layout, sizeof(E));
   const int64_t blocks = plan.channel_tiles * plan.splits;
   const Workspace<T> workspace = workspace_at<T>(memory, plan, a.layout);
-  return with_constants<kWidest>(wide, a.layout.channels_last, a.activation, [&](auto vec, auto last, auto activation) {
-    constexpr int kVector = decltype(vec)::value;
-    constexpr bool kLast = decltype(last)::value;
-    constexpr Activation kActivation = decltype(activation)::value;
-    cudaError_t error = cudaSuccess;
-    if (!a.given) {
-      error = launch(stream_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
-                     geometry_of(a.layout, plan, kVector, false), workspace);
-    }
-    if (error == cudaSuccess) error = launch_forward_finish<T>(a, plan, memory, stream);
-    if (error != cudaSuccess) return error;
-    return launch(repair_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
-                  geometry_of(a.layout, plan, kVector, true), workspace);
-  });
+  return with_constants<sizeof(E)>(
+      vector, a.layout.channels_last, a.activation, [&](auto vec, auto last, auto activation) {
+        constexpr int kVector = decltype(vec)::value;
+        constexpr bool kLast = decltype(last)::value;
+        constexpr Activation kActivation = decltype(activation)::value;
+        static std::atomic<uint64_t> devices{0};
+        cudaError_t error = load_once(devices, [] {
+          cudaError_t error = load_kernel(stream_kernel<E, kVector, kLast, kActivation>);
+          if (error == cudaSuccess) error = load_forward_finish<T>();
+          return error != cudaSuccess ? error : load_kernel(repair_kernel<E, kVector, kLast, kActivation>);
+        });
+        if (error == cudaSuccess && !a.given) {
+          error = launch(stream_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
+                         geometry_of(a.layout, plan, kVector, false), workspace);
+        }
+        if (error == cudaSuccess) error = launch_forward_finish<T>(a, plan, memory, stream);
+        if (error != cudaSuccess) return error;
+        return launch(repair_kernel<E, kVector, kLast, kActivation>, blocks, kThreads, stream, a,
+                      geometry_of(a.layout, plan, kVector, true), workspace);
+      });
 }
 
 }  // namespace brn

@@ -1,8 +1,6 @@
 // The interface of kernels.h: from arguments to the launches of their element type, on their device.
 #include "launch.cuh"
 
-#include <atomic>
-
 #include "../kernels.h"
 #include "element.cuh"
 
@@ -34,39 +32,45 @@ class CurrentDevice {
   cudaError_t error_;
 };
 
-// Asked for once on each device: every plan must come to the same workspace.
-int multiprocessors_of(int device) {
-  constexpr int kKnownDevices = 64, kUnknown = 64;
-  static std::atomic<int> known[kKnownDevices] = {};
-  int count = device < kKnownDevices ? known[device].load(std::memory_order_relaxed) : 0;
-  if (count > 0) return count;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess || count < 1) {
-    count = kUnknown;
-  }
-  if (device < kKnownDevices) {
-    int before = 0;
-    if (!known[device].compare_exchange_strong(before, count, std::memory_order_relaxed)) return before;
-  }
-  return count;
-}
-
 template <typename Arguments>
 using Launch = cudaError_t (*)(const Arguments&, const Plan&, void*, cudaStream_t);
 
+// The plan of a call. Two calls for one layout come to the same, and so to the same workspace.
+cudaError_t plan_on(int device, const Layout& layout, DType dtype, Plan* plan) {
+  int multiprocessors = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) *plan = plan_for(layout, dtype, multiprocessors);
+  return error;
+}
+
+// The runtime remembers an error until it is asked: one left behind would be taken for the next call's.
+int forgotten(cudaError_t error) {
+  const cudaError_t last = cudaGetLastError();
+  return error != cudaSuccess ? error : last;
+}
+
 template <typename Arguments>
-int run(Launch<Arguments> launch, const Arguments& arguments, int device, void* stream, void* workspace) {
+cudaError_t planned(Launch<Arguments> launch, const Arguments& arguments, int device, void* stream, void* workspace) {
   const CurrentDevice current(device);
   if (current.error() != cudaSuccess) return current.error();
-  const Plan plan = plan_for(arguments.layout, arguments.dtype, multiprocessors_of(device));
-  const cudaError_t error = launch(arguments, plan, workspace, static_cast<cudaStream_t>(stream));
-  const cudaError_t last = cudaGetLastError();  // taken off the list even where `error` says the same
-  return error != cudaSuccess ? error : last;
+  Plan plan;
+  const cudaError_t error = plan_on(device, arguments.layout, arguments.dtype, &plan);
+  if (error != cudaSuccess) return error;
+  return launch(arguments, plan, workspace, static_cast<cudaStream_t>(stream));
+}
+
+template <typename Arguments>
+int run(Launch<Arguments> launch, const Arguments& arguments, int device, void* stream, void* workspace) {
+  return forgotten(planned(launch, arguments, device, stream, workspace));
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const Layout& layout, DType dtype, int device) {
-  return plan_for(layout, dtype, multiprocessors_of(device)).bytes;
+int workspace_bytes(const Layout& layout, DType dtype, int device, int64_t* bytes) {
+  Plan plan;
+  const cudaError_t error = plan_on(device, layout, dtype, &plan);
+  if (error == cudaSuccess) *bytes = plan.bytes;
+  return forgotten(error);
 }
 
 int forward(const ForwardArguments& arguments, int device, void* stream, void* workspace) {
@@ -93,6 +97,18 @@ int backward(const BackwardArguments& arguments, int device, void* stream, void*
     default:
       return run(launch_backward<Float16>, arguments, device, stream, workspace);
   }
+}
+
+int try_device(int device) {
+  const CurrentDevice current(device);
+  return forgotten(current.error() != cudaSuccess ? current.error() : load_forward_finish<float>());
+}
+
+int compiled_version() { return CUDART_VERSION; }
+
+int driver_version() {
+  int version = 0;
+  return forgotten(cudaDriverGetVersion(&version)) == cudaSuccess ? version : 0;
 }
 
 const char* error_message(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <climits>
 #include <type_traits>
 
@@ -27,7 +28,34 @@ template <typename T>
 cudaError_t launch_backward_finish(const BackwardArguments& arguments, const Plan& plan, void* workspace,
                                    cudaStream_t stream);
 
+template <typename T>
+cudaError_t load_forward_finish();
+
+template <typename T>
+cudaError_t load_backward_finish();
+
 namespace {
+
+// Puts a kernel on the current device, which it otherwise is at its first launch. That can fail: no code for this GPU,
+// no memory. All of a call are there before the first is launched, lest one fails when statistics have moved.
+template <typename Kernel>
+cudaError_t load_kernel(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel);
+}
+
+// load() on the current device, unless it has succeeded there before; `devices` remembers, a bit each.
+template <typename F>
+cudaError_t load_once(std::atomic<uint64_t>& devices, F load) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t own = device >= 0 && device < 64 ? uint64_t{1} << device : 0;
+  if ((devices.load(std::memory_order_relaxed) & own) != 0) return cudaSuccess;
+  error = load();
+  if (error == cudaSuccess) devices.fetch_or(own, std::memory_order_relaxed);
+  return error;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
@@ -57,13 +85,15 @@ cudaError_t with_activation(Activation activation, F f) {
 }
 
 // f(elements in an access, channels_last, activation), as constants.
-template <int WIDEST, typename F>
-cudaError_t with_constants(bool wide, bool channels_last, Activation activation, F f) {
+template <int ITEMSIZE, int VECTOR = widest_vector(ITEMSIZE), typename F>
+cudaError_t with_constants(int vector, bool channels_last, Activation activation, F f) {
+  if constexpr (VECTOR > 1) {
+    constexpr int kNarrower = narrower_vector(VECTOR, ITEMSIZE);
+    if (vector != VECTOR) return with_constants<ITEMSIZE, kNarrower>(vector, channels_last, activation, f);
+  }
   return with_activation(activation, [&](auto constant) {
-    using Wide = std::integral_constant<int, WIDEST>;
-    using Narrow = std::integral_constant<int, 1>;
-    if (wide) return channels_last ? f(Wide(), std::true_type(), constant) : f(Wide(), std::false_type(), constant);
-    return channels_last ? f(Narrow(), std::true_type(), constant) : f(Narrow(), std::false_type(), constant);
+    const std::integral_constant<int, VECTOR> elements;
+    return channels_last ? f(elements, std::true_type(), constant) : f(elements, std::false_type(), constant);
   });
 }
 

@@ -18,19 +18,22 @@ constexpr int kMaxTileChannels = 64;  // rows of 128 bytes in half precision: wh
 constexpr int kGroup = 8;             // neighbours that share a byte of packed bits
 constexpr int kAlignment = 64;        // of the parts of the workspace
 
-// Blocks that a multiprocessor holds at once: three leave each other 168 registers a thread, what 16-byte accesses to
-// half precision need; narrow accesses need fewer. Twelve in all is a whole number of waves of three, four or six.
-constexpr int kResidentWide = 3;
-constexpr int kResidentNarrow = 4;
+// Blocks that a multiprocessor holds at once: four leave each other 128 registers a thread, what 16-byte accesses to
+// half precision need. Twelve in all is a whole number of waves of three, four or six.
+constexpr int kResident = 4;
 constexpr int kBlocksPerMultiprocessor = 12;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int itemsize(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
-// Loads that a thread issues before it waits for the first: of wide accesses, of one element each.
-constexpr int kWideLoads = 4;
-constexpr int kNarrowLoads = 8;
+// Loads that a thread issues before it waits for the first, of accesses of so many bytes.
+constexpr int loads_at_once(int bytes) { return bytes == kAccessBytes ? 4 : 8; }
+
+// Elements in an access: the widest; where rows or pointers are not whole ones of those, 8 bytes of half precision
+// (planes of 14 x 14); or a single one.
+constexpr int widest_vector(int itemsize) { return kAccessBytes / itemsize; }
+constexpr int narrower_vector(int vector, int itemsize) { return itemsize == 2 && vector == 8 ? 4 : 1; }
 
 struct Plan {
   int tile_channels;
@@ -68,8 +71,9 @@ inline Plan plan_for(const Layout& layout, DType dtype, int multiprocessors) {
     elements_per_unit = kGroup;
   }
   // At least one round of loads for every thread of a block.
-  const int widest = kAccessBytes / itemsize(dtype), vector = layout.inner % widest == 0 ? widest : 1;
-  const int64_t loads = vector == 1 ? kNarrowLoads : kWideLoads;
+  int vector = widest_vector(itemsize(dtype));
+  while (layout.inner % vector != 0) vector = narrower_vector(vector, itemsize(dtype));
+  const int64_t loads = loads_at_once(vector * itemsize(dtype));
   const int64_t least_units = ceil_div(kThreads * loads * vector, elements_per_unit);
   const int64_t wanted = ceil_div(int64_t{multiprocessors} * kBlocksPerMultiprocessor, plan.channel_tiles);
   const int64_t splits = std::min(wanted, ceil_div(plan.units, least_units));
@@ -78,7 +82,7 @@ inline Plan plan_for(const Layout& layout, DType dtype, int multiprocessors) {
 
   const int64_t coefficient_bytes = dtype == DType::float64 ? 8 : 4;
   plan.padded_channels = ceil_div(layout.channels, kGroup) * kGroup;
-  plan.coefficients_offset = ceil_div(2 * plan.splits * layout.channels * 8, kAlignment) * kAlignment;
+  plan.coefficients_offset = ceil_div(3 * plan.splits * layout.channels * 8, kAlignment) * kAlignment;
   plan.flags_offset = plan.coefficients_offset + 6 * plan.padded_channels * coefficient_bytes;
   plan.bytes = plan.flags_offset + plan.padded_channels;
   return plan;
@@ -88,8 +92,11 @@ inline Plan plan_for(const Layout& layout, DType dtype, int multiprocessors) {
 template <typename T>
 struct Workspace {
   double *first, *second;  // (splits, channels): mean and sum of squares about it, or the backward's two sums
-  T* coefficients;         // (up to 6, padded_channels): a struct's members in their order
-  uint8_t* flags;          // (padded_channels): whether y of the channel is to be repaired
+  // (splits, channels), forward: how many values they are of; negative where the split has not written their y. Kept,
+  // for another stream's call of the same layer may move what that was decided from.
+  double* counts;
+  T* coefficients;  // (up to 6, padded_channels): a struct's members in their order
+  uint8_t* flags;   // (padded_channels): whether y of the channel is to be repaired
   int64_t padded_channels;
 };
 
@@ -97,8 +104,13 @@ template <typename T>
 Workspace<T> workspace_at(void* memory, const Plan& plan, const Layout& layout) {
   char* bytes = static_cast<char*>(memory);
   double* partials = static_cast<double*>(memory);
-  return {partials, partials + plan.splits * layout.channels, reinterpret_cast<T*>(bytes + plan.coefficients_offset),
-          reinterpret_cast<uint8_t*>(bytes + plan.flags_offset), plan.padded_channels};
+  const int64_t of_each = plan.splits * layout.channels;
+  return {partials,
+          partials + of_each,
+          partials + 2 * of_each,
+          reinterpret_cast<T*>(bytes + plan.coefficients_offset),
+          reinterpret_cast<uint8_t*>(bytes + plan.flags_offset),
+          plan.padded_channels};
 }
 
 }  // namespace brn

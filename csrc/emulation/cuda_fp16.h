@@ -1,0 +1,2 @@
+// Nothing: without CUDA the kernels convert by math.h.
+#pragma once
