@@ -17,11 +17,13 @@ SHAPES = [(2, 4, 8, 8), (2, 8, 7, 7), (3, 5, 3, 3)]
 def kernels(backend, device):
     if backend == "reference":
         pytest.skip("it is what the others are compared with")
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("to the interpreter all memory is alike")
     return brn.backends.resolve(backend, device.type)
 
 
 @LAYOUTS
-@pytest.mark.parametrize("by", [1, 2])
+@pytest.mark.parametrize("by", [1, 3])
 @pytest.mark.parametrize("name", ["x", "residual", "dy", "saved", "bits", *PER_CHANNEL])
 def test_after_aligned_memory_unaligned(kernels, device, channels_last, name, by):
     """What was compiled for aligned memory must not be launched on it, nor the other way round."""
