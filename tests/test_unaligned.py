@@ -53,7 +53,7 @@ def test_all_of_it_unaligned(kernels, device, channels_last, dtype, by, activati
     arguments |= {
         name: moved(value, by) for name, value in arguments.items() if isinstance(value, torch.Tensor) and value.numel()
     }
-    assert arguments["x"].data_ptr() % 16 and arguments["weight"].data_ptr() % 16
+    assert arguments["x"].data_ptr() % 16
     dy = moved(torch.randn_like(arguments["x"], dtype=torch.float32).to(dtype), by)
     ours = run(kernels, arguments, dy, bits_moved=by, saved_moved=by)
     assert_same(ours, run(reference, arguments, dy))
