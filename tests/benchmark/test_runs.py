@@ -158,13 +158,88 @@ def test_a_job_cut_off_between_its_rows_is_measured_again(tmp_path):
     assert [(row["job"], row["candidate"]) for row in rows] == [("a", "one"), ("a", "two"), ("b", "one")]
 
 
-def test_the_time_limit_leaves_rows_that_say_so(tmp_path, capsys):
-    path = run.run("tiny", CPU, out=tmp_path / "run.csv", minutes=0, fresh=False)
-    rows = report.load(path)
-    assert set(rows.error) == {"not reached in the time limit"}
-    assert len(rows) == len(run.jobs(run.levels("cpu")["tiny"], CPU))
-    assert "time limit" in capsys.readouterr().err
+def test_a_run_cut_by_its_time_limit_goes_on_and_is_finished_as_it_is_on_demand(tmp_path, monkeypatch, capsys):
+    out, now, measured = tmp_path / "run.csv", [0.0], []
+
+    def measure(case, device, **_):
+        now[0] += 60
+        measured.append(str(case))
+        return [{"part": "layer", "net": "x", "candidate": "y"}]
+
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(layers, "measure", measure)
+    monkeypatch.setattr(run.training, "measure", measure)
+    names = [job.name for job in run.jobs(run.levels("cpu")["tiny"], CPU)]
+    command = ["--tiny", "--device", "cpu", "--out", str(out)]
+    assert cli.main([*command, "--minutes", "1"]) == cli.UNFINISHED
+    assert "same command goes on" in capsys.readouterr().err
+    assert measured == names[:2] == jobs_in(out.with_name("run.csv.part")) and not out.exists()
+    with pytest.raises(run.TimeLimit, match=f"{len(names) - 3} of {len(names)} cases left"):
+        run.run("tiny", CPU, out=out, minutes=0.5, fresh=False)
+    assert measured == names[:3]
+    rows = report.load(run.run("tiny", CPU, out=out, minutes=0, fresh=False))
+    assert measured == names[:3] and not out.with_name("run.csv.part").exists()
+    assert rows.error.tolist() == [""] * 3 + ["not reached in the time limit"] * (len(names) - 3)
     assert "not measured" in report.summary(rows)
+
+
+def test_what_is_asked_first_is_measured_first():
+    names = [job.name for job in run.jobs(run.levels("cuda")["full"], CPU)]
+
+    def positions(*words):
+        found = [i for i, name in enumerate(names) if all(word in name for word in words)]
+        assert found, words
+        return found
+
+    others = [i for net in ("MobileNet", "EfficientNet", "U-Net") for i in positions(net)]
+    opens = [i for i in positions("ResNet-50: 256", ", open")]
+    assert opens == list(range(opens[0], opens[0] + len(opens))) and opens[0] <= 1
+    order = [opens, positions("ResNet-50: 256", ", closed"), positions("training of ResNet-50", ", eager"),
+             positions("sweep"), positions("ResNet-50: 256", ", clip 10"), others]  # fmt: skip
+    for earlier, later in zip(order, order[1:], strict=False):
+        assert max(earlier) < min(later), (names[max(earlier)], names[min(later)])
+    assert max(others) < max(positions("training", ", compiled")) == len(names) - 1
+
+
+def test_a_fresh_run_leaves_no_older_numbers_to_be_taken_for_its_own(tmp_path):
+    path = tmp_path / "run.csv"
+    path.write_text("an older run's")
+    record.Recorder(path, dict.fromkeys(record.ABOUT, "x"), fresh=True)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("where", ["no git", "inside another checkout"])
+def test_a_copy_without_its_history_has_no_commit_but_the_one_it_is_given(where, tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", *arguments], cwd=tmp_path, check=True)
+
+    if where == "inside another checkout":
+        git("init", "-q")
+        git("commit", "-q", "--allow-empty", "-m", "another project's")
+    folder = tmp_path / "copy" / "bench"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(record, "__file__", str(folder / "record.py"))
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert (record.machine(CPU)["commit"], record.machine(CPU)["dirty"]) == ("", "")
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert record.machine(CPU)["commit"] == "abc1234"
+
+
+def test_changes_are_named_whoever_names_the_commit(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", *arguments], cwd=tmp_path, check=True)
+
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    (folder / "record.py").write_text("as committed")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "first")
+    monkeypatch.setattr(record, "__file__", str(folder / "record.py"))
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert record.machine(CPU)["dirty"] == ""
+    (folder / "record.py").write_text("changed")
+    assert record.machine(CPU)["dirty"] and record.machine(CPU)["commit"] == "abc1234"
 
 
 def test_a_case_without_memory_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch):
@@ -238,10 +313,24 @@ def test_bars_are_judged_on_the_numbers():
         ])  # fmt: skip
 
     for ours, expected in ((104.0, "met"), (106.0, "MISSED")):
-        table, missed = bars.judge(rows(ours))
+        table, count = bars.judge(rows(ours))
         row = table[table.bar.str.startswith("forward / clone") & table.bar.str.endswith("channels_last")].iloc[0]
-        assert (row.result, float(row.measured)) == (expected, ours / 100) and missed == (expected == "MISSED")
+        assert (row.result, float(row.measured)) == (expected, ours / 100)
+        assert count["MISSED"] == (expected == "MISSED") and count["met"] == 2 - count["MISSED"]
+        assert count["not measured"] == len(table) - 2
         assert (table.result == "not measured").sum() == len(table) - 2  # the worst case of all is the other one
+
+
+@pytest.mark.parametrize("results, status", [(("met", "met"), 0), (("met", "MISSED", "not measured"), 1),
+                                             (("met", "not measured"), 3)])  # fmt: skip
+def test_bars_not_measured_are_no_success(tiny, results, status, monkeypatch, capsys):
+    values = {"met": 0.5, "MISSED": 2.0, "not measured": None}
+    monkeypatch.setattr(
+        bars, "BARS", [bars.Bar(str(i), lambda _, r=result: values[r], 1.0) for i, result in enumerate(results)]
+    )
+    assert cli.main(["bars", str(tiny[0])]) == status
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == ", ".join(f"{results.count(name)} {name}" for name in ("met", "MISSED", "not measured"))
 
 
 def test_turns_are_shuffled_and_everybody_has_as_many():
