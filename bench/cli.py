@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-
 UNFINISHED = 3
 
 
@@ -41,7 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         size.add_argument(f"--{level}", dest="level", action="store_const", const=level, default="full", help=what)
     parser.add_argument("--device", help="default: the GPU if there is one, else the CPU")
-    parser.add_argument("--minutes", type=float, help="after which no further case begins; the same command goes on from there (exit status 3). 0: finish the CSV as it is")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="after which no further case begins; the same command goes on from there (exit status 3). 0: finish the "
+        "CSV as it is",
+    )
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
     parser.add_argument("--out", type=Path, help="the CSV (default: bench/results/<device>-<level>-<commit>.csv)")
     parser.add_argument("--figures", type=Path, help="folder for figures (default: the CSV's name without .csv)")
@@ -76,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("out", type=Path, metavar="CSV")
     profile.set_defaults(run=_profile)
 
-    bars = commands.add_parser("bars", help="judge a run, finished or not, by the speeds aimed at; exit status 1 if one is missed, 3 if none is but not all were measured")
+    bars = commands.add_parser(
+        "bars",
+        help="judge a run, finished or not, by the speeds aimed at; exit status 1 if one is missed, 3 if none is but "
+        "not all were measured",
+    )
     bars.add_argument("csv", type=Path)
     bars.set_defaults(run=_bars)
     return parser

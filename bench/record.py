@@ -27,10 +27,7 @@ COLUMNS = MEASURED + ABOUT
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Device, versions, commit and date; ``dirty`` names the changes that are not committed, if git knows of any.
-
-    The environment variable COMMIT names the commit of a copy without its history.
-    """
+    """Device, versions, commit and date."""
     from brn_kernels import backends
 
     cuda = device.type == "cuda"
@@ -42,10 +39,21 @@ def machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "commit": os.environ.get("COMMIT") or (_output("git", "rev-parse", "--short", "HEAD") if _has_git() else ""),
-        "dirty": _changes() if _has_git() else "",
+        **commit(),
         "date": str(datetime.date.today()),
     }  # fmt: skip
+
+
+def commit() -> dict[str, str]:
+    """The commit; ``dirty`` names the changes that are not committed, if git knows of any.
+
+    The environment variable COMMIT names the commit of a copy without its history.
+    """
+    has_git = _has_git()
+    return {
+        "commit": os.environ.get("COMMIT") or (_output("git", "rev-parse", "--short", "HEAD") if has_git else ""),
+        "dirty": _changes() if has_git else "",
+    }
 
 
 def processor() -> str:

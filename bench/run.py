@@ -155,7 +155,9 @@ def run(name: str, device: torch.device, *, out: Path | None, minutes: float | N
             continue
         if time.monotonic() > limit:
             progress.close()
-            raise TimeLimit(f"{len(todo) - number} of {len(todo) + len(before)} cases left; {recorder.part} has the others")
+            raise TimeLimit(
+                f"{len(todo) - number} of {len(todo) + len(before)} cases left; {recorder.part} has the others"
+            )
         progress.set_description(job.name[:60].ljust(60))
         try:
             rows = job.measure()

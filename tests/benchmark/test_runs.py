@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import bars, cli, compare, docs, layers, peers, record, report, run, timing
+from bench import bars, cli, compare, docs, layers, peers, report, run, timing
 from bench.cases import DIRECTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -130,34 +130,6 @@ def jobs_in(path):
     ]
 
 
-def recorder(path, **about):
-    return record.Recorder(path, dict.fromkeys(record.ABOUT, "x") | about)
-
-
-def test_a_started_run_of_something_else_is_not_continued(tmp_path):
-    path = tmp_path / "run.csv"
-    recorder(path).add("a", [{"candidate": "one"}, {"candidate": "two"}])
-    with pytest.raises(FileExistsError, match="another torch"):
-        recorder(path, torch="y")
-    assert recorder(path, date="tomorrow").done == {"a"}  # a run over midnight is one run
-    fresh = record.Recorder(path, dict.fromkeys(record.ABOUT, "y"), fresh=True)
-    assert fresh.done == set()
-
-
-def test_a_job_cut_off_between_its_rows_is_measured_again(tmp_path):
-    path = tmp_path / "run.csv"
-    first = recorder(path)
-    first.add("a", [{"candidate": "one"}, {"candidate": "two"}])
-    first.add("b", [{"candidate": "one"}, {"candidate": "two"}])
-    lines = first.part.read_text().splitlines(keepends=True)
-    first.part.write_text("".join(lines[:-1]))
-    again = recorder(path)
-    assert again.done == {"a"}
-    again.add("b", [{"candidate": "one"}])
-    rows = list(csv.DictReader(again.finish().open(newline="")))
-    assert [(row["job"], row["candidate"]) for row in rows] == [("a", "one"), ("a", "two"), ("b", "one")]
-
-
 def test_a_run_cut_by_its_time_limit_goes_on_and_is_finished_as_it_is_on_demand(tmp_path, monkeypatch, capsys):
     out, now, measured = tmp_path / "run.csv", [0.0], []
 
@@ -199,47 +171,6 @@ def test_what_is_asked_first_is_measured_first():
     for earlier, later in zip(order, order[1:], strict=False):
         assert max(earlier) < min(later), (names[max(earlier)], names[min(later)])
     assert max(others) < max(positions("training", ", compiled")) == len(names) - 1
-
-
-def test_a_fresh_run_leaves_no_older_numbers_to_be_taken_for_its_own(tmp_path):
-    path = tmp_path / "run.csv"
-    path.write_text("an older run's")
-    record.Recorder(path, dict.fromkeys(record.ABOUT, "x"), fresh=True)
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("where", ["no git", "inside another checkout"])
-def test_a_copy_without_its_history_has_no_commit_but_the_one_it_is_given(where, tmp_path, monkeypatch):
-    def git(*arguments):
-        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", *arguments], cwd=tmp_path, check=True)
-
-    if where == "inside another checkout":
-        git("init", "-q")
-        git("commit", "-q", "--allow-empty", "-m", "another project's")
-    folder = tmp_path / "copy" / "bench"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(record, "__file__", str(folder / "record.py"))
-    monkeypatch.delenv("COMMIT", raising=False)
-    assert (record.machine(CPU)["commit"], record.machine(CPU)["dirty"]) == ("", "")
-    monkeypatch.setenv("COMMIT", "abc1234")
-    assert record.machine(CPU)["commit"] == "abc1234"
-
-
-def test_changes_are_named_whoever_names_the_commit(tmp_path, monkeypatch):
-    def git(*arguments):
-        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", *arguments], cwd=tmp_path, check=True)
-
-    folder = tmp_path / "bench"
-    folder.mkdir()
-    (folder / "record.py").write_text("as committed")
-    git("init", "-q")
-    git("add", "-A")
-    git("commit", "-q", "-m", "first")
-    monkeypatch.setattr(record, "__file__", str(folder / "record.py"))
-    monkeypatch.setenv("COMMIT", "abc1234")
-    assert record.machine(CPU)["dirty"] == ""
-    (folder / "record.py").write_text("changed")
-    assert record.machine(CPU)["dirty"] and record.machine(CPU)["commit"] == "abc1234"
 
 
 def test_a_case_without_memory_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch):
@@ -454,47 +385,11 @@ def test_every_level_has_cases_and_distinct_names(level, device):
     assert len(names) == len(set(names)) > 5
 
 
-def test_the_check_for_gpus_is_valid_shell_and_refuses_without_one(tmp_path):
-    script = ROOT / "bench" / "gpu_check.sh"
-    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    done = subprocess.run(
-        [str(script), str(tmp_path / "out")],
-        env=os.environ | {"PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "sees no GPU" in done.stderr
-
-
-def test_the_check_for_gpus_runs_dry(tmp_path):
-    out = tmp_path / "out"
-    script = [str(ROOT / "bench" / "gpu_check.sh"), "--dry-run", str(out)]
-    done = subprocess.run(
-        script, env=os.environ | {"PYTHON": sys.executable, "STEPS": "tests-gpu bench"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    summary = (out / "summary.txt").read_text().splitlines()
-    assert [line.split()[0] for line in summary] == ["tests-gpu", "bench"] and all("passed" in line for line in summary)
-    assert "backends" in (out / "machine.txt").read_text()
-    assert report.load(out / "bench.csv").p50_us.notna().any()
-    script[-1] = str(tmp_path / "other")
-    done = subprocess.run(script, env=os.environ | {"PYTHON": sys.executable, "STEPS": "benhc"}, capture_output=True)
-    assert done.returncode == 2 and b"no such step" in done.stderr
-
-
 @pytest.mark.parametrize("option", [("--threads", "0"), ("--minutes", "-1"), ("--minutes", "nan")])
 def test_numbers_out_of_range_are_named(option, tmp_path, capsys):
     assert cli.main(["--tiny", "--out", str(tmp_path / "run.csv"), *option]) == 2
     assert option[0] in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_a_started_run_with_other_columns_is_not_continued(tmp_path):
-    (tmp_path / "run.csv.part").write_text("a,b\n1,2\n")
-    with pytest.raises(FileExistsError, match="other columns"):
-        recorder(tmp_path / "run.csv")
 
 
 @pytest.mark.parametrize("command", ("settings", "profile"))
