@@ -1,4 +1,4 @@
-"""What compute-sanitizer watches: every kernel, in calls that take each of its ways. ``python sanitized.py BACKEND WAY``.
+"""What compute-sanitizer watches: every kernel, in calls that take each of its ways. ``sanitized.py BACKEND WAY``.
 
 Each result is compared with the reference's on the CPU, in float64, and memory is NaN before it is written: an element
 that nobody writes, or reads too early, shows without a sanitizer too. (initcheck takes partial results, which other
