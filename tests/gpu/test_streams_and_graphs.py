@@ -10,7 +10,7 @@ import brn_kernels as brn
 
 pytestmark = pytest.mark.usefixtures("kernels")
 RAMP = brn.ClipSchedule(r_max=1.5, d_max=0.5, hold=10, r_ramp=60, d_ramp=40)
-CHANNELS = scaled(64, 4)
+CHANNELS = scaled(64, 2)
 SHAPE = scaled((16, CHANNELS, 28, 28), (2, CHANNELS, 3, 2))  # on a GPU: many splits, which count each other
 LAYOUTS = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 

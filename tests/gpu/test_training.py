@@ -12,7 +12,7 @@ from torch import nn
 import brn_kernels as brn
 
 pytestmark = pytest.mark.usefixtures("kernels")
-WIDTHS, BATCH, SIDE, STEPS = scaled(((24, 40), 32, 14, 10_000), ((3, 5), 2, 7, 3))
+WIDTHS, BATCH, SIDE, STEPS = scaled(((24, 40), 32, 14, 10_000), ((2, 3), 2, 7, 2))
 
 
 class Recorded(nn.Module):
