@@ -116,7 +116,10 @@ class Training:
             model = brn.fuse(brn.convert_batchnorm(model, schedule=NORMS[norm], momentum=0.1))
         self.model = model.to(DEVICE).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.02, momentum=0.9)
-        self.forward = torch.compile(self.model) if mode == "compiled" and IS_GPU else self.model
+        self.forward = self.model
+        if mode == "compiled" and IS_GPU:
+            torch._dynamo.reset()  # else it gives up at the eighth model
+            self.forward = torch.compile(self.model)
         self.patterns = F.interpolate(torch.randn(10, 3, SIZE // 8, SIZE // 8, device=DEVICE), SIZE)
         self.x = torch.zeros(IMAGES, 3, SIZE, SIZE, device=DEVICE).to(memory_format=torch.channels_last)
         self.target = torch.zeros(IMAGES, dtype=torch.long, device=DEVICE)
@@ -144,9 +147,11 @@ class Training:
         return torch.stack(self.losses)
 
     def resume(self, other):
-        """Go on from where another one is."""
+        """Go on from where another one is, in the same memory: a graph knows no other."""
         self.model.load_state_dict(other.model.state_dict())
-        self.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))
+        for ours, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            momentum = self.optimizer.state[ours]["momentum_buffer"]
+            momentum.copy_(other.optimizer.state[theirs]["momentum_buffer"])
         self.losses = list(other.losses)
 
 
