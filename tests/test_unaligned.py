@@ -1,5 +1,7 @@
 """Memory that does not begin at a multiple of 16 bytes: views of others' memory, slices of flat parameters."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from triton_calls import LAYOUTS, assert_same, call, moved, run
@@ -22,6 +24,20 @@ def kernels(backend, device):
     return brn.backends.resolve(backend, device.type)
 
 
+def watched(backend, addresses):
+    """The backend, and where the tensors lie that it is given: they may have been copied on the way."""
+
+    def forward(**arguments):
+        addresses.update({name: t.data_ptr() for name, t in arguments.items() if isinstance(t, torch.Tensor)})
+        return backend.forward(**arguments)
+
+    def backward(dy, x, residual, mask, weight, bias, saved, bits, *others):
+        addresses.update(dy=dy.data_ptr(), saved=saved.data_ptr(), bits=bits.data_ptr())
+        return backend.backward(dy, x, residual, mask, weight, bias, saved, bits, *others)
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
 @LAYOUTS
 @pytest.mark.parametrize("by", [1, 3])
 @pytest.mark.parametrize("name", ["x", "residual", "dy", "saved", "bits", *PER_CHANNEL])
@@ -30,15 +46,17 @@ def test_after_aligned_memory_unaligned(kernels, device, channels_last, name, by
     arguments = call(device, SHAPES[0], torch.float32, channels_last, residual=True, activation="relu")
     dy = torch.randn(SHAPES[0], generator=torch.Generator().manual_seed(2)).to(device)
     dy = dy.to(memory_format=torch.channels_last) if channels_last else dy
-    aligned = run(kernels, arguments, dy)
+    given = {}
+    aligned = run(watched(kernels, given), arguments, dy)
+    assert given[name] % 16 == 0
     assert_same(aligned, run(reference, arguments, dy))
     if name == "dy":
         dy = moved(dy, by)
     elif name not in ("saved", "bits"):
         arguments = arguments | {name: moved(arguments[name], by)}
-        assert arguments[name].data_ptr() % 16
     moving = {"bits_moved": by * (name == "bits"), "saved_moved": by * (name == "saved")}
-    unaligned = run(kernels, arguments, dy, **moving)
+    unaligned = run(watched(kernels, given), arguments, dy, **moving)
+    assert given[name] % 16
     assert_same(unaligned, run(reference, arguments, dy))
     again = run(kernels, arguments, dy)
     assert all(torch.equal(again[key], aligned[key]) for key in ("y", "dx", "dweight", "dresidual"))
@@ -55,5 +73,7 @@ def test_all_of_it_unaligned(kernels, device, channels_last, dtype, by, activati
     }
     assert arguments["x"].data_ptr() % 16
     dy = moved(torch.randn_like(arguments["x"], dtype=torch.float32).to(dtype), by)
-    ours = run(kernels, arguments, dy, bits_moved=by, saved_moved=by)
+    given = {}
+    ours = run(watched(kernels, given), arguments, dy, bits_moved=by, saved_moved=by)
+    assert given["x"] % 16 and given["dy"] % 16
     assert_same(ours, run(reference, arguments, dy))
