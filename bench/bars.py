@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -138,8 +139,11 @@ def _bars() -> list[Bar]:
 BARS = _bars()
 
 
-def judge(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """A table of all bars, and how many are missed."""
+MET, MISSED, NOT_MEASURED = RESULTS = ("met", "MISSED", "not measured")
+
+
+def judge(rows: pd.DataFrame) -> tuple[pd.DataFrame, Counter[str]]:
+    """A table of all bars, and how many of each result there are."""
     table = []
     for bar in BARS:
         value = bar.value(rows)
@@ -147,6 +151,6 @@ def judge(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
         table.append({
             "bar": bar.name, "measured": "" if value is None else f"{value:.2f}",
             "bound": f"at {'most' if bar.at_most else 'least'} {bar.bound:g}",
-            "result": "not measured" if value is None else "met" if met else "MISSED",
+            "result": NOT_MEASURED if value is None else MET if met else MISSED,
         })  # fmt: skip
-    return pd.DataFrame(table), sum(row["result"] == "MISSED" for row in table)
+    return pd.DataFrame(table), Counter(row["result"] for row in table)

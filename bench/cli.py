@@ -7,9 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+UNFINISHED = 3
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 if results are wrong, something got slower or a bar is missed; 2 for wrong arguments."""
+    """Returns 0; 1 if results are wrong, something got slower or a bar is missed; 2 for wrong arguments.
+
+    3 if the time limit was reached with cases left, or if no bar is missed but not all were measured.
+    """
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -35,7 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         size.add_argument(f"--{level}", dest="level", action="store_const", const=level, default="full", help=what)
     parser.add_argument("--device", help="default: the GPU if there is one, else the CPU")
-    parser.add_argument("--minutes", type=float, help="after which no further case begins")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="after which no further case begins; the same command goes on from there (exit status 3). 0: finish the "
+        "CSV as it is",
+    )
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
     parser.add_argument("--out", type=Path, help="the CSV (default: bench/results/<device>-<level>-<commit>.csv)")
     parser.add_argument("--figures", type=Path, help="folder for figures (default: the CSV's name without .csv)")
@@ -76,7 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--measured", type=Path, metavar="RUN.csv", help="a run to put beside it")
     predict.set_defaults(run=_predict)
 
-    bars = commands.add_parser("bars", help="judge a run by the speeds aimed at; exit status 1 if one is missed")
+    bars = commands.add_parser(
+        "bars",
+        help="judge a run, finished or not, by the speeds aimed at; exit status 1 if one is missed, 3 if none is but "
+        "not all were measured",
+    )
     bars.add_argument("csv", type=Path)
     bars.set_defaults(run=_bars)
     return parser
@@ -89,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from . import plot, report
     from .layers import WrongResults
-    from .run import run
+    from .run import TimeLimit, run
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type not in ("cpu", "cuda"):
@@ -111,6 +125,13 @@ def _run(arguments: argparse.Namespace) -> int:
     except WrongResults as error:
         print(f"brn bench: WRONG RESULTS, nothing is published: {error}", file=sys.stderr)
         return 1
+    except TimeLimit as limit:
+        print(
+            f"brn bench: the time limit was reached with {limit}.\nThe same command goes on from here, with "
+            "--minutes N for N more; --minutes 0 finishes the CSV as it is.",
+            file=sys.stderr,
+        )
+        return UNFINISHED
     print(report.summary(report.load(path)))
     figures = plot.draw(path, arguments.figures or path.with_suffix(""))
     print(f"\n{path}")
@@ -175,11 +196,12 @@ def _need_gpu() -> None:
 
 def _bars(arguments: argparse.Namespace) -> int:
     from . import report
-    from .bars import judge
+    from .bars import MISSED, NOT_MEASURED, RESULTS, judge
 
-    table, missed = judge(report.load(arguments.csv))
+    table, count = judge(report.load(arguments.csv))
     print(report.text(table))
-    return 1 if missed else 0
+    print("\n" + ", ".join(f"{count[result]} {result}" for result in RESULTS))
+    return 1 if count[MISSED] else UNFINISHED if count[NOT_MEASURED] else 0
 
 
 if __name__ == "__main__":

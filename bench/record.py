@@ -27,10 +27,7 @@ COLUMNS = MEASURED + ABOUT
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Device, versions, commit and date; ``dirty`` names the changes that are not committed, if there are any.
-
-    The environment variable COMMIT names the commit of a clean copy without its history.
-    """
+    """Device, versions, commit and date."""
     from brn_kernels import backends
 
     cuda = device.type == "cuda"
@@ -42,10 +39,21 @@ def machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "commit": os.environ.get("COMMIT") or _output("git", "rev-parse", "--short", "HEAD"),
-        "dirty": "" if os.environ.get("COMMIT") else _changes(),
+        **commit(),
         "date": str(datetime.date.today()),
     }  # fmt: skip
+
+
+def commit() -> dict[str, str]:
+    """The commit; ``dirty`` names the changes that are not committed, if git knows of any.
+
+    The environment variable COMMIT names the commit of a copy without its history.
+    """
+    has_git = _has_git()
+    return {
+        "commit": os.environ.get("COMMIT") or (_output("git", "rev-parse", "--short", "HEAD") if has_git else ""),
+        "dirty": _changes() if has_git else "",
+    }
 
 
 def processor() -> str:
@@ -77,6 +85,8 @@ class Recorder:
         rows = [] if fresh else self._started()
         self.done = {row["job"] for row in rows}
         job_csv.write(self.part, COLUMNS, rows)
+        if fresh:  # else an older run's numbers would stand for this one's, were it cut off
+            path.unlink(missing_ok=True)
 
     def _started(self) -> list[dict[str, str]]:
         """The rows of all finished jobs."""
@@ -104,6 +114,12 @@ class Recorder:
         """Nothing more will come."""
         os.replace(self.part, self.path)
         return self.path
+
+
+def _has_git() -> bool:
+    """Whether this is a checkout: a copy inside of another's would be given that one's commit."""
+    top = _output("git", "rev-parse", "--show-toplevel")
+    return bool(top) and Path(top).resolve() == Path(__file__).resolve().parents[1]
 
 
 def _driver() -> str:

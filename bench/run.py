@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import layers, training
-from .cases import ALL_FORMATS, DIRECTIONS, HOST, LAYOUTS, Plan
+from .cases import ALL_FORMATS, CHANNELS, DIRECTIONS, HOST, LAYOUTS, SIZES, Case, Plan
 from .networks import NETWORKS
 from .record import RESULTS, Recorder, machine
 from .training import MODES, Training, trainings
@@ -89,17 +89,34 @@ class Job:
 
 
 def jobs(level: Level, device: torch.device) -> list[Job]:
-    """The first network's layers, whole networks that need no compiler, all else, what must be compiled last."""
+    """In the order of their importance: a run that is cut off has what is asked first."""
     keywords = {"directions": DIRECTIONS, "seconds": level.seconds, "compile_peers": level.compile_peers}
-    first, other = [], []
+    found = []
     for case in level.plan.cases():
-        found = first if case.layer.net in (HOST, level.plan.nets[0]) and case.state == "open" else other
-        found.append(Job(str(case), functools.partial(layers.measure, case, device, **keywords)))
-    quick, compiled = [], []
-    for case in level.trained:
-        found = compiled if case.mode == "compiled" else quick
-        found.append(Job(str(case), functools.partial(training.measure, case, device, seconds=10 * level.seconds)))
-    return [*first, *quick, *other, *compiled]
+        job = Job(str(case), functools.partial(layers.measure, case, device, **keywords))
+        found.append((_rank_of_layer(case, level.plan.nets[0]), job))
+    for training_case in level.trained:
+        measure = functools.partial(training.measure, training_case, device, seconds=10 * level.seconds)
+        found.append((_rank_of_training(training_case, level.plan.nets[0]), Job(str(training_case), measure)))
+    return [job for _, job in sorted(found, key=lambda pair: pair[0])]
+
+
+def _rank_of_layer(case: Case, first_net: str) -> int:
+    """The first network's layers, with open limits and then with closed ones, the sweeps, the other networks'."""
+    if case.layer.net in (SIZES, CHANNELS):
+        return 3
+    if case.layer.net not in (HOST, first_net):
+        return 6
+    return {"open": 0, "closed": 1}.get(case.state, 4)
+
+
+def _rank_of_training(case: Training, first_net: str) -> int:
+    """Between a first network's layers and the sweeps, its training; what must be compiled comes last."""
+    if case.mode == "compiled":
+        return 8
+    if case.net != first_net:
+        return 7
+    return 2 if case.mode == "eager" else 5
 
 
 def default_path(about: dict[str, str]) -> Path:
@@ -108,27 +125,39 @@ def default_path(about: dict[str, str]) -> Path:
     return RESULTS / f"{device}-{about['level']}-{about['commit'] or 'unknown'}{'-dirty' if about['dirty'] else ''}.csv"
 
 
+class TimeLimit(Exception):
+    """The limit was reached with cases left; what was measured is in the started file."""
+
+
 def run(name: str, device: torch.device, *, out: Path | None, minutes: float | None, fresh: bool) -> Path:
     """Measure a level; returns the finished CSV.
 
+    ``minutes``: after which no further job begins, None for the level's; 0 finishes the file with what is there, and
+    says in it what is not.
+
     Raises:
+        TimeLimit: see there.
         FileExistsError: see ``Recorder``.
         WrongResults: our results are wrong; what was measured before stays in the started file.
     """
     level = levels(device.type)[name]
     about = {"level": name} | machine(device)
     recorder = Recorder(out or default_path(about), about, fresh)
-    todo = [job for job in jobs(level, device) if job.name not in recorder.done]
-    if recorder.done:
-        print(f"going on: {len(recorder.done)} of {len(recorder.done) + len(todo)} cases are there", file=sys.stderr)
+    before = set(recorder.done)
+    todo = [job for job in jobs(level, device) if job.name not in before]
+    if before:
+        print(f"going on: {len(before)} of {len(before) + len(todo)} cases are there", file=sys.stderr)
     limit = time.monotonic() + 60 * (level.minutes if minutes is None else minutes)
     progress = tqdm(todo, unit="case", dynamic_ncols=True, smoothing=0.05)
-    unreached = 0
-    for job in progress:
-        if time.monotonic() > limit:
-            unreached += 1
+    for number, job in enumerate(progress):
+        if minutes == 0:
             recorder.add(job.name, [{"part": "none", "net": job.name, "error": "not reached in the time limit"}])
             continue
+        if time.monotonic() > limit:
+            progress.close()
+            raise TimeLimit(
+                f"{len(todo) - number} of {len(todo) + len(before)} cases left; {recorder.part} has the others"
+            )
         progress.set_description(job.name[:60].ljust(60))
         try:
             rows = job.measure()
@@ -141,6 +170,4 @@ def run(name: str, device: torch.device, *, out: Path | None, minutes: float | N
         recorder.add(job.name, rows or [{"part": "none", "net": job.name, "error": "gave nothing"}])
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if unreached:
-        print(f"the time limit was reached with {unreached} cases left: --minutes sets another", file=sys.stderr)
     return recorder.finish()

@@ -96,10 +96,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="bf16, and on sm_90 fp32 and fp64 too")
     parser.add_argument("--faults", action="store_true", help="print only rows with a fault, and the summary")
+    parser.add_argument("--first", type=int, metavar="N", help="only so many for each GPU: does it work at all?")
     arguments = parser.parse_args()
     checked = CHECKED_QUICKLY if arguments.quick else CHECKED
     jobs = [
-        (*variant, architecture) for architecture, dtypes in checked.items() for variant in variants(dtypes).items()
+        (*variant, architecture)
+        for architecture, dtypes in checked.items()
+        for variant in itertools.islice(variants(dtypes).items(), arguments.first)
     ]
     with tempfile.TemporaryDirectory() as cache, concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         os.environ["TRITON_CACHE_DIR"] = cache

@@ -22,6 +22,25 @@ torch.backends.cudnn.allow_tf32 = False  # ... and float32 its digits
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="the device the tests run on, for example cuda")
+    parser.addoption("--failures", metavar="FILE", help="append each failure to FILE at once: a run may be cut off")
+
+
+def pytest_configure(config):
+    path = config.getoption("--failures")
+    if path and not hasattr(config, "workerinput"):  # xdist's workers report to their controller
+        config.pluginmanager.register(_Failures(path))
+
+
+class _Failures:
+    """What pytest itself prints only when all tests are done."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            with open(self.path, "a") as file:
+                file.write(f"==== {report.nodeid} ({report.when}, {report.duration:.1f} s)\n{report.longreprtext}\n\n")
 
 
 def pytest_collection_modifyitems(items):

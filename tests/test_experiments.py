@@ -3,17 +3,28 @@
 import math
 from functools import partial
 
-import pandas as pd
 import pytest
 import torch
 
-from experiments import docs, images, pool, record
-from experiments.__main__ import main
-from experiments.candidates import AUTO, BN, CANDIDATES, PAPER
-from experiments.claims import NAMES, experiment
-from experiments.common import ACCURACY, Job, judge_each, values
-from experiments.gates import Recurrent
-from experiments.verdicts import CONFIRMED, NOT_DECIDED, REFUTED, Interval, equal, every, interval, less, more
+pytest.importorskip("scipy", reason='the experiments need the extra "experiments": scipy')
+pd = pytest.importorskip("pandas")
+from experiments import docs, images, pool, record  # noqa: E402
+from experiments.__main__ import main  # noqa: E402
+from experiments.candidates import AUTO, BN, CANDIDATES, PAPER  # noqa: E402
+from experiments.claims import NAMES, experiment  # noqa: E402
+from experiments.common import ACCURACY, Job, judge_each, values  # noqa: E402
+from experiments.gates import Recurrent  # noqa: E402
+from experiments.verdicts import (  # noqa: E402
+    CONFIRMED,
+    NOT_DECIDED,
+    REFUTED,
+    Interval,
+    equal,
+    every,
+    interval,
+    less,
+    more,
+)  # fmt: skip
 
 
 def test_interval_by_hand():

@@ -13,7 +13,6 @@ from oracle import ACTIVATIONS
 from tolerances import UNITS
 
 import brn_kernels
-from brn_kernels import build
 from brn_kernels.backends import layout, native, reference
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")
@@ -250,13 +249,3 @@ def test_a_clipped_buffer_of_another_size_is_refused():
     with pytest.raises(RuntimeError, match="clipped: bool, one for each channel"):
         native.forward(x, None, None, None, None, mean, var, torch.tensor(0), clipped, None, SCHEDULE, 0.1, 1e-5, None)
     assert torch.equal(mean, torch.zeros(64))
-
-
-def test_the_library_for_gpus_loads_where_it_was_built():
-    """Loading failed on the first GPU, and every test of it was skipped."""
-    if torch.version.cuda is None:
-        pytest.skip("this torch has no CUDA")
-    built = build.find()
-    if isinstance(built, str) or built.cuda is None:
-        pytest.skip("no library for GPUs was built")
-    assert native._load()["cuda"] is None

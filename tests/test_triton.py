@@ -354,6 +354,7 @@ def test_unaligned_rows(device, channels_last, start):
     storage = torch.zeros(x.numel() + start, device=device)
     shifted = storage[start:].as_strided(x.shape, x.stride())
     shifted.copy_(x)
+    assert (shifted.data_ptr() % 16 > 0) == (start > 0)
     assert_same(run(kernels, arguments | {"x": shifted}), run(reference, arguments))
 
 

@@ -38,10 +38,32 @@ def call(device, shape=(6, 11, 5, 3), dtype=torch.float64, channels_last=True, r
     } | more  # fmt: skip
 
 
-def run(backend, arguments, dy=None, **needs):
-    """Everything a forward and backward give and change, by name; the arguments stay as they are."""
-    mine = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+def copied(value):
+    """A copy with the same strides, and as far from where its allocation begins: ``clone`` would align it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    storage = value.untyped_storage().clone()
+    copy = torch.empty(0, dtype=value.dtype, device=value.device)
+    copy.set_(storage, value.storage_offset(), value.shape, value.stride())
+    assert (copy.data_ptr() - value.data_ptr()) % 16 == 0 and copy.data_ptr() != value.data_ptr()
+    return copy
+
+
+def moved(tensor, by):
+    """The same values in the same strides, ``by`` elements from where an allocation begins; alone in its memory."""
+    dense = tensor.clone()
+    room = torch.empty(dense.numel() + by, dtype=dense.dtype, device=dense.device)
+    return room.as_strided(dense.shape, dense.stride(), by).copy_(dense)
+
+
+def run(backend, arguments, dy=None, bits_moved=0, saved_moved=0, **needs):
+    """Everything a forward and backward give and change, by name; the arguments stay as they are, copies too.
+
+    ``bits_moved``, ``saved_moved``: by how many elements, between forward and backward.
+    """
+    mine = {name: copied(value) for name, value in arguments.items()}
     y, saved, bits = backend.forward(**mine)
+    saved, bits = moved(saved, saved_moved), moved(bits, bits_moved)
     if dy is None:
         dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
     residual = None if reference.keeps_bits(mine["residual"], mine["activation"]) else mine["residual"]

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import bars, cli, compare, docs, layers, peers, record, report, run, timing
+from bench import bars, cli, compare, docs, layers, peers, report, run, timing
 from bench.cases import DIRECTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -130,41 +130,47 @@ def jobs_in(path):
     ]
 
 
-def recorder(path, **about):
-    return record.Recorder(path, dict.fromkeys(record.ABOUT, "x") | about)
+def test_a_run_cut_by_its_time_limit_goes_on_and_is_finished_as_it_is_on_demand(tmp_path, monkeypatch, capsys):
+    out, now, measured = tmp_path / "run.csv", [0.0], []
 
+    def measure(case, device, **_):
+        now[0] += 60
+        measured.append(str(case))
+        return [{"part": "layer", "net": "x", "candidate": "y"}]
 
-def test_a_started_run_of_something_else_is_not_continued(tmp_path):
-    path = tmp_path / "run.csv"
-    recorder(path).add("a", [{"candidate": "one"}, {"candidate": "two"}])
-    with pytest.raises(FileExistsError, match="another torch"):
-        recorder(path, torch="y")
-    assert recorder(path, date="tomorrow").done == {"a"}  # a run over midnight is one run
-    fresh = record.Recorder(path, dict.fromkeys(record.ABOUT, "y"), fresh=True)
-    assert fresh.done == set()
-
-
-def test_a_job_cut_off_between_its_rows_is_measured_again(tmp_path):
-    path = tmp_path / "run.csv"
-    first = recorder(path)
-    first.add("a", [{"candidate": "one"}, {"candidate": "two"}])
-    first.add("b", [{"candidate": "one"}, {"candidate": "two"}])
-    lines = first.part.read_text().splitlines(keepends=True)
-    first.part.write_text("".join(lines[:-1]))
-    again = recorder(path)
-    assert again.done == {"a"}
-    again.add("b", [{"candidate": "one"}])
-    rows = list(csv.DictReader(again.finish().open(newline="")))
-    assert [(row["job"], row["candidate"]) for row in rows] == [("a", "one"), ("a", "two"), ("b", "one")]
-
-
-def test_the_time_limit_leaves_rows_that_say_so(tmp_path, capsys):
-    path = run.run("tiny", CPU, out=tmp_path / "run.csv", minutes=0, fresh=False)
-    rows = report.load(path)
-    assert set(rows.error) == {"not reached in the time limit"}
-    assert len(rows) == len(run.jobs(run.levels("cpu")["tiny"], CPU))
-    assert "time limit" in capsys.readouterr().err
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(layers, "measure", measure)
+    monkeypatch.setattr(run.training, "measure", measure)
+    names = [job.name for job in run.jobs(run.levels("cpu")["tiny"], CPU)]
+    command = ["--tiny", "--device", "cpu", "--out", str(out)]
+    assert cli.main([*command, "--minutes", "1"]) == cli.UNFINISHED
+    assert "same command goes on" in capsys.readouterr().err
+    assert measured == names[:2] == jobs_in(out.with_name("run.csv.part")) and not out.exists()
+    with pytest.raises(run.TimeLimit, match=f"{len(names) - 3} of {len(names)} cases left"):
+        run.run("tiny", CPU, out=out, minutes=0.5, fresh=False)
+    assert measured == names[:3]
+    rows = report.load(run.run("tiny", CPU, out=out, minutes=0, fresh=False))
+    assert measured == names[:3] and not out.with_name("run.csv.part").exists()
+    assert rows.error.tolist() == [""] * 3 + ["not reached in the time limit"] * (len(names) - 3)
     assert "not measured" in report.summary(rows)
+
+
+def test_what_is_asked_first_is_measured_first():
+    names = [job.name for job in run.jobs(run.levels("cuda")["full"], CPU)]
+
+    def positions(*words):
+        found = [i for i, name in enumerate(names) if all(word in name for word in words)]
+        assert found, words
+        return found
+
+    others = [i for net in ("MobileNet", "EfficientNet", "U-Net") for i in positions(net)]
+    opens = [i for i in positions("ResNet-50: 256", ", open")]
+    assert opens == list(range(opens[0], opens[0] + len(opens))) and opens[0] <= 1
+    order = [opens, positions("ResNet-50: 256", ", closed"), positions("training of ResNet-50", ", eager"),
+             positions("sweep"), positions("ResNet-50: 256", ", clip 10"), others]  # fmt: skip
+    for earlier, later in zip(order, order[1:], strict=False):
+        assert max(earlier) < min(later), (names[max(earlier)], names[min(later)])
+    assert max(others) < max(positions("training", ", compiled")) == len(names) - 1
 
 
 def test_a_case_without_memory_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch):
@@ -238,10 +244,24 @@ def test_bars_are_judged_on_the_numbers():
         ])  # fmt: skip
 
     for ours, expected in ((104.0, "met"), (106.0, "MISSED")):
-        table, missed = bars.judge(rows(ours))
+        table, count = bars.judge(rows(ours))
         row = table[table.bar.str.startswith("forward / clone") & table.bar.str.endswith("channels_last")].iloc[0]
-        assert (row.result, float(row.measured)) == (expected, ours / 100) and missed == (expected == "MISSED")
+        assert (row.result, float(row.measured)) == (expected, ours / 100)
+        assert count["MISSED"] == (expected == "MISSED") and count["met"] == 2 - count["MISSED"]
+        assert count["not measured"] == len(table) - 2
         assert (table.result == "not measured").sum() == len(table) - 2  # the worst case of all is the other one
+
+
+@pytest.mark.parametrize("results, status", [(("met", "met"), 0), (("met", "MISSED", "not measured"), 1),
+                                             (("met", "not measured"), 3)])  # fmt: skip
+def test_bars_not_measured_are_no_success(tiny, results, status, monkeypatch, capsys):
+    values = {"met": 0.5, "MISSED": 2.0, "not measured": None}
+    monkeypatch.setattr(
+        bars, "BARS", [bars.Bar(str(i), lambda _, r=result: values[r], 1.0) for i, result in enumerate(results)]
+    )
+    assert cli.main(["bars", str(tiny[0])]) == status
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == ", ".join(f"{results.count(name)} {name}" for name in ("met", "MISSED", "not measured"))
 
 
 def test_turns_are_shuffled_and_everybody_has_as_many():
@@ -365,47 +385,11 @@ def test_every_level_has_cases_and_distinct_names(level, device):
     assert len(names) == len(set(names)) > 5
 
 
-def test_the_check_for_gpus_is_valid_shell_and_refuses_without_one(tmp_path):
-    script = ROOT / "bench" / "gpu_check.sh"
-    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    done = subprocess.run(
-        [str(script), str(tmp_path / "out")],
-        env=os.environ | {"PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "sees no GPU" in done.stderr
-
-
-def test_the_check_for_gpus_runs_dry(tmp_path):
-    out = tmp_path / "out"
-    script = [str(ROOT / "bench" / "gpu_check.sh"), "--dry-run", str(out)]
-    done = subprocess.run(
-        script, env=os.environ | {"PYTHON": sys.executable, "STEPS": "tests-gpu bench"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    summary = (out / "summary.txt").read_text().splitlines()
-    assert [line.split()[0] for line in summary] == ["tests-gpu", "bench"] and all("passed" in line for line in summary)
-    assert "backends" in (out / "machine.txt").read_text()
-    assert report.load(out / "bench.csv").p50_us.notna().any()
-    script[-1] = str(tmp_path / "other")
-    done = subprocess.run(script, env=os.environ | {"PYTHON": sys.executable, "STEPS": "benhc"}, capture_output=True)
-    assert done.returncode == 2 and b"no such step" in done.stderr
-
-
 @pytest.mark.parametrize("option", [("--threads", "0"), ("--minutes", "-1"), ("--minutes", "nan")])
 def test_numbers_out_of_range_are_named(option, tmp_path, capsys):
     assert cli.main(["--tiny", "--out", str(tmp_path / "run.csv"), *option]) == 2
     assert option[0] in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_a_started_run_with_other_columns_is_not_continued(tmp_path):
-    (tmp_path / "run.csv.part").write_text("a,b\n1,2\n")
-    with pytest.raises(FileExistsError, match="other columns"):
-        recorder(tmp_path / "run.csv")
 
 
 @pytest.mark.parametrize("command", ("settings", "profile"))

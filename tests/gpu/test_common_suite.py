@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.needs_gpu
 def test_common_suite_on_cuda(request):
     if request.config.getoption("--device").startswith("cuda"):
         pytest.skip("this run is that suite")
