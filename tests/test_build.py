@@ -338,6 +338,14 @@ def test_architectures_are_numbers():
         build(architectures=["hopper"])
 
 
+def test_an_nvcc_newer_than_torchs_cuda_is_told_of():
+    """Its library needs a newer driver than torch, and said so only when the first kernel was launched."""
+    kit = tools.Kit("ninja", ("g++",), "g++ 13", "nvcc", "Build cuda_13.0.r13.0/compiler.36424714_0")
+    assert "nvcc is of CUDA 13.0, torch of 12.8" in tools.newer_than_torch(kit, "12.8")
+    assert tools.newer_than_torch(kit, "13.2") is tools.newer_than_torch(kit, None) is None
+    assert tools.newer_than_torch(tools.Kit("ninja", ("g++",), "g++ 13"), "12.8") is None
+
+
 @needs_nvcc
 def test_both_libraries_are_built_and_found(csrc):
     cpu = build(cuda=False)

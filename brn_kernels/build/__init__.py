@@ -94,6 +94,8 @@ def build(
             with contextlib.suppress(BuildError):
                 cache = cache_directory()
         say = progress or (lambda _: None)
+        if note := tools.newer_than_torch(kit, torch.version.cuda):
+            say(note)
         compiled = place.ensure(where, manifests, kit, say=say, spare=cache, only=directory is not None)
         found |= {manifest["library"]: (where / recipe.file_name(manifest), manifest) for manifest in manifests}
     return _built(found, compiled, time.monotonic() - start)

@@ -18,7 +18,8 @@ from .tools import BuildError, Kit
 PACKAGE = Path(__file__).absolute().parents[1]
 SOURCE_SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 
-ARCHITECTURES = ("80", "86", "89", "90", "100")  # GPUs
+# GPUs: from Turing to Blackwell. What is compiled for 80 also runs on 86 and 89, for 100 on 103, for 120 on 121.
+ARCHITECTURES = ("75", "80", "90", "100", "120")
 AVX512 = tuple("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512".split())
 INSTRUCTION_SETS = {  # of x86-64: cpu/kernels*.cpp is compiled once for each, and the best is chosen when it runs
     "baseline": (),

@@ -76,6 +76,18 @@ def known_to(nvcc: str | None, default: Sequence[str], asked_for: Sequence[str] 
     return possible
 
 
+def newer_than_torch(kit: Kit, torchs: str | None) -> str | None:
+    """What to know if nvcc is of a newer CUDA than torch's (for example ``"12.8"``) by its first number; else None."""
+    found = re.search(r"cuda_(\d+)\.(\d+)", kit.nvcc_version)
+    if found is None or torchs is None or int(found[1]) <= int(torchs.partition(".")[0]):
+        return None
+    version = f"{found[1]}.{found[2]}"
+    return (
+        f"note: nvcc is of CUDA {version}, torch of {torchs}: the library will need a driver for CUDA {found[1]}, newer "
+        f"than torch does. Where `brn info` says that it is too old, build with the nvcc of CUDA {torchs} (CUDA_HOME)"
+    )
+
+
 def _ninja() -> str:
     scripts = sysconfig.get_path("scripts")  # where pip puts it: in PATH only while the environment is activated
     found = shutil.which("ninja", path=scripts) or shutil.which("ninja")
