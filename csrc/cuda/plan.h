@@ -19,8 +19,13 @@ constexpr int kGroup = 8;             // neighbours that share a byte of packed 
 constexpr int kAlignment = 64;        // of the parts of the workspace
 
 // Blocks that a multiprocessor holds at once: four leave each other 128 registers a thread, what 16-byte accesses to
-// half precision need. Twelve in all is a whole number of waves of three, four or six.
+// half precision need; for Turing the compiler needs more. Twelve in all is a whole number of waves of three, four or
+// six.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kResident = 3;
+#else
 constexpr int kResident = 4;
+#endif
 constexpr int kBlocksPerMultiprocessor = 12;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
