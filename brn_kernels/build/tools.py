@@ -83,8 +83,8 @@ def newer_than_torch(kit: Kit, torchs: str | None) -> str | None:
         return None
     version = f"{found[1]}.{found[2]}"
     return (
-        f"note: nvcc is of CUDA {version}, torch of {torchs}: the library will need a driver for CUDA {found[1]}, newer "
-        f"than torch does. Where `brn info` says that it is too old, build with the nvcc of CUDA {torchs} (CUDA_HOME)"
+        f"note: nvcc is of CUDA {version}, torch of {torchs}: the library will need a driver for CUDA {found[1]}, newer"
+        f" than torch does. Where `brn info` says that it is too old, build with the nvcc of CUDA {torchs} (CUDA_HOME)"
     )
 
 
