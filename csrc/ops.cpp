@@ -126,7 +126,7 @@ void run(int (*launch)(const Arguments&, int, void*, void*), const Arguments& ar
                       workspace->get_device_index() == device && workspace->numel() >= bytes,
                   "workspace: of workspace_bytes bytes");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS, "no current stream");
   check_cuda(launch(arguments, device, stream, workspace->data_ptr()));
 }
 #else
