@@ -18,13 +18,13 @@ constexpr int kMaxTileChannels = 64;  // rows of 128 bytes in half precision: wh
 constexpr int kGroup = 8;             // neighbours that share a byte of packed bits
 constexpr int kAlignment = 64;        // of the parts of the workspace
 
-// Blocks that a multiprocessor holds at once: four leave each other 128 registers a thread, what 16-byte accesses to
-// half precision need; for Turing the compiler needs more. Twelve in all is a whole number of waves of three, four or
-// six.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kResident = 3;
-#else
+// Blocks that a multiprocessor holds at once. For sm_90 the compiler makes do with the 128 registers a thread that four
+// leave each other; for others, where some kernels for half precision would spill, with the 168 of three. Twelve in all
+// is a whole number of waves of three, four or six.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int kResident = 4;
+#else
+constexpr int kResident = 3;
 #endif
 constexpr int kBlocksPerMultiprocessor = 12;
 
