@@ -52,14 +52,16 @@ class Trial:
     @contextlib.contextmanager
     def chosen(self) -> Iterator[None]:
         """Its settings in the place of the library's."""
-        before = dict(config.SETTINGS)
+        before, smaller = dict(config.SETTINGS), config._smaller
         for rows_of_channels in (True, False):  # planes side by side have the first, though they are contiguous
             config.SETTINGS[self.direction, rows_of_channels] = self.settings
+        config._smaller = lambda settings, _: settings  # just as they are, however many channels there are
         _forget()
         try:
             yield
         finally:
             config.SETTINGS.update(before)
+            config._smaller = smaller
             _forget()
 
     def call(self) -> Callable[[], Any]:
