@@ -6,6 +6,7 @@ Every check raises where it fails, so that torchrun exits with an error.
 import copy
 import datetime
 import os
+import signal
 import re
 import sys
 
@@ -231,6 +232,7 @@ def groups():
 
 def dead():
     """One process dies before its second step: the others must learn of it, not wait for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before they have learnt of it themselves
     layer = brn.convert_sync(brn.BatchRenorm1d(3))
     layer(torch.randn(4, 3))
     if dist.get_rank() == 1:

@@ -66,7 +66,8 @@ class Check:
         kept = {name: value for name, value in os.environ.items() if name not in ("STEPS", "TRITON_INTERPRET")}
         environment = {"PYTHON": str(self.python), "STUB": str(self.stub), "COMMIT": commit} | environment
         return subprocess.Popen(
-            [script, self.out], env=kept | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [script, self.out], env=kept | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background shells ignore it
         )  # fmt: skip
 
     def run(self, **environment):
