@@ -6,8 +6,8 @@ Every check raises where it fails, so that torchrun exits with an error.
 import copy
 import datetime
 import os
-import signal
 import re
+import signal
 import sys
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
