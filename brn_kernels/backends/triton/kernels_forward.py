@@ -283,7 +283,7 @@ def merge(
     mean = tl.zeros([MERGE_ROWS, CT], ACC)
     m2 = tl.zeros([MERGE_ROWS, CT], ACC)
     origin = tl.load(p_partials + between, cache_modifier=".cg")  # close to the mean: fewer digits lost
-    for start in tl.range(0, number_of_them, MERGE_ROWS, loop_unroll_factor=2):
+    for start in range(0, number_of_them, MERGE_ROWS):
         o_partials = start + tl.arange(0, MERGE_ROWS)
         p_count = p_partials[None, :] + (o_partials * padded)[:, None]
         m_partials = (o_partials < number_of_them)[:, None]
