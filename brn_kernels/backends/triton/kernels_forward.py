@@ -176,6 +176,8 @@ def stream_kernel(
                     p_bundles = p_partials + splits * padded
                     b_count, mean, m2 = merge(p_bundles, bundles, padded, between, ACC, CT, MERGE_ROWS)
         if is_last:
+            if counter_ptr is not None:
+                step = tl.load(counter_ptr)  # once more, rather than kept in registers all the while
             finish(
                 mean, m2, (b_count > 0.0).to(tl.int32), o_channels,
                 running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, step, limits_ptr,
