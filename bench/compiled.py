@@ -22,8 +22,8 @@ from brn_kernels.backends.triton import kernels_backward, kernels_forward, launc
 from brn_kernels.backends.triton.kernels_common import SIZES
 
 KERNELS = {
-    kernels_forward: ("stream_kernel", "repair_kernel"),
-    kernels_backward: ("reduce_kernel", "apply_kernel", "alone_kernel"),
+    kernels_forward: ("stream_kernel", "repair_kernel", "resident_forward_kernel"),
+    kernels_backward: ("reduce_kernel", "apply_kernel", "alone_kernel", "resident_backward_kernel"),
 }
 TRITON_TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",

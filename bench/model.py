@@ -17,6 +17,7 @@ from .cases import DTYPES, Case
 from .compiled import Compiled, Launched, compile_variant, launches
 
 WARPS, PROGRAMS, REGISTERS, SHARED = 64, 32, 65536, 233472  # that find room on a multiprocessor: sm_80, sm_90, sm_100
+FORWARD = ("stream_kernel", "repair_kernel", "resident_forward_kernel")
 SHARED_OF_SYSTEM = 1024  # bytes a program
 
 
@@ -85,17 +86,23 @@ def walks(launched: Launched, state: str) -> list[Walk]:
     """What a kernel does with activations where all channels are in one state: "open" (nothing clips) or "closed"."""
     name, tensors = launched.variant.kernel, launched.tensors
     bits = 1 / (8 * launched.numbers["itemsize"]) if "bits_ptr" in tensors else 0.0
-    if name in ("stream_kernel", "repair_kernel"):
+    if name in FORWARD:
         writing = (1.0 + ("residual_ptr" in tensors), 1.0 + bits)
         if name == "repair_kernel":
             return [] if state == "open" else [Walk(*writing, again=True)]
+        if name == "resident_forward_kernel":
+            return [Walk(*writing)]
         found = [Walk(*writing) if state == "open" else Walk(1.0, 0.0)]
         if launched.numbers["ALONE"] and state == "closed":
             found.append(Walk(*writing, again=True))
         return found
     targets = len(tensors & {"dx_ptr", "dresidual_ptr"})
     reduce, apply = Walk(2.0 + bits, 0.0), Walk(2.0 + bits, float(targets), again=True)
-    return {"reduce_kernel": [reduce], "apply_kernel": [apply], "alone_kernel": [reduce, apply]}[name]
+    at_once = Walk(2.0 + bits, float(targets))
+    return {
+        "reduce_kernel": [reduce], "apply_kernel": [apply], "alone_kernel": [reduce, apply],
+        "resident_backward_kernel": [at_once],
+    }[name]  # fmt: skip
 
 
 def resident(launched: Launched, compiled: Compiled) -> int:
@@ -146,9 +153,10 @@ def kernel(
     read = written = 0.0
     if not steps:
         return Kernel(launched.variant.kernel, compiled.registers, compiled.shared, programs, room, 0, 0, 0, seconds)
-    finish = k.finish if launched.variant.kernel == "stream_kernel" else 0.0
+    finish = k.finish if launched.variant.kernel in FORWARD else 0.0
+    by_itself = numbers.get("ALONE") or launched.variant.kernel == "resident_forward_kernel"
     for count, rounds in _rounds(programs, slots):
-        seconds += rounds * (k.program + (finish if numbers.get("ALONE") else 0.0))
+        seconds += rounds * (k.program + (finish if by_itself else 0.0))
         for walk in steps:
             moved = _from_memory(walk, programs, launched, pass_bytes, slots, known)
             share = tile_bytes * moved * count / (gpu.copy * (k.reading if walk.written == 0 else k.mixing))
@@ -198,7 +206,7 @@ def predict(case: Case, direction: str, gpu: Gpu, constants: Constants = H100) -
         for launched in launches(
             layer.shape, case.layout == "channels_last", DTYPES[case.dtype], layer.activation, layer.adds
         )
-        if (launched.variant.kernel in ("stream_kernel", "repair_kernel")) == (direction == "forward")
+        if (launched.variant.kernel in FORWARD) == (direction == "forward")
     ]
     return [
         kernel(

@@ -21,7 +21,10 @@ import brn_kernels as brn
 
 from .record import machine
 
-KERNELS = ("stream_kernel", "repair_kernel", "reduce_kernel", "apply_kernel", "alone_kernel")
+FIRST_KERNELS = ("stream_kernel", "resident_forward_kernel")  # of a forward
+KERNELS = (
+    *FIRST_KERNELS, "repair_kernel", "reduce_kernel", "apply_kernel", "alone_kernel", "resident_backward_kernel",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def parse(said: str) -> list[dict[str, str]]:
     labels = [line.removeprefix("layer: ") for line in lines if line.startswith("layer: ")]
     found, layer = [], -1
     for _, row in sorted(kernels.items()):
-        layer += row["kernel"].startswith("stream_kernel")
+        layer += row["kernel"].startswith(FIRST_KERNELS)
         moved = [row.get(name, "") for name in ("MB_read", "MB_written", "us")]
         try:
             read, written, us = map(float, moved)

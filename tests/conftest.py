@@ -99,7 +99,7 @@ def triton_kernels(device):
 
 
 @pytest.fixture
-def tiny_tiles(monkeypatch):
+def tiny_tiles(nothing_resident, monkeypatch):
     """Tiles of 64 elements and 7 programs at once: every loop of the Triton kernels turns more than once."""
     from brn_kernels.backends.triton import config
 
@@ -121,11 +121,25 @@ def _forget_launches():
         remembering.cache_clear()
 
 
-@pytest.fixture(params=["two launches", "one launch"])
-def launches(request, tiny_tiles, monkeypatch):
-    """With tiny tiles, whole channels in one program or in several."""
+@pytest.fixture
+def nothing_resident(monkeypatch):
+    """The Triton kernels hold nothing in registers from one pass to the next, however small it is."""
     from brn_kernels.backends.triton import config
 
+    monkeypatch.setattr(config, "RESIDENCE", dict.fromkeys(config.RESIDENCE, config.Residence(0, 1, 1, 1, 1)))
+    _forget_launches()
+    yield
+    _forget_launches()
+
+
+@pytest.fixture(params=["two launches", "one launch", "resident"])
+def launches(request, tiny_tiles, monkeypatch):
+    """With tiny tiles, whole channels in several programs, in one, or in one that holds them in registers."""
+    from brn_kernels.backends.triton import config
+
+    if request.param == "resident":
+        whole = config.Residence(2**14, 64, 16, most_warps=8, programs=1)
+        monkeypatch.setattr(config, "RESIDENCE", dict.fromkeys(config.RESIDENCE, whole))
     if request.param == "one launch":
         monkeypatch.setattr(config, "ITEMS_WITHOUT_SPLIT", 10**9)
     return request.param

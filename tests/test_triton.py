@@ -220,30 +220,50 @@ def test_one_launch_gives_what_two_give(launches, monkeypatch, device, channels_
     arguments["clipped"] = (torch.arange(7) % 3 == 0).to(device)
     expected, launched = run(reference, arguments), []
     for module, names in (
-        (kernels_forward, ("stream_kernel", "repair_kernel")),
-        (kernels_backward, ("reduce_kernel", "apply_kernel", "alone_kernel")),
+        (kernels_forward, ("stream_kernel", "repair_kernel", "resident_forward_kernel")),
+        (kernels_backward, ("reduce_kernel", "apply_kernel", "alone_kernel", "resident_backward_kernel")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, spy(getattr(module, name), launched))
     assert_same(run(kernels, arguments), expected)
-    assert len(launched) == (2 if launches == "one launch" else 4)
+    assert len(launched) == (4 if launches == "two launches" else 2)
 
 
 def test_one_launch_where_there_is_little_to_do_or_a_program_for_each_channel():
-    few = config.launch_for("forward", layout.Layout(True, 100, 64, 64), 4, (64,), 132)
-    many = config.launch_for("forward", layout.Layout(False, 256, 2112, 196), 4, (196, 196 * 2112), 132)
+    few = config.launch_for("forward", layout.Layout(True, 3000, 8, 8), 4, (8,), 132)
+    many = config.launch_for("forward", layout.Layout(False, 256, 2112, 196), 4, (196 * 2112, 196), 132)
     large = config.launch_for("forward", layout.Layout(True, 10**6, 64, 64), 4, (64,), 132)
     assert few.alone and many.alone and not large.alone
+    assert not any(it.resident for it in (few, many, large))
+
+
+def test_a_program_holds_what_registers_can_hold():
+    def chosen(direction, itemsize, *shape):
+        channels_last, outer, channels, positions = shape
+        strides = (channels,) if channels_last else (channels * positions, positions)
+        planned = layout.Layout(channels_last, outer, channels, channels if channels_last else positions)
+        return config.launch_for(direction, planned, itemsize, strides, 132)
+
+    for direction in ("forward", "backward"):
+        held = chosen(direction, 4, False, 8, 2048, 1024)
+        assert held.resident and held.alone and held.outer * held.inner == 8192
+        assert not chosen(direction, 4, False, 8, 2048, 4096).resident
+        assert not chosen(direction, 4, False, 256, 512, 49).resident  # narrow accesses: slower than two reads
+        assert chosen(direction, 4, False, 64, 512, 49).resident
+        assert chosen(direction, 2, True, 784, 512, None).inner == 16  # a sector's width, of many programs
+        assert chosen(direction, 4, True, 64, 64 * 132, None).inner == 64  # as wide as leaves enough of them
+        assert not chosen(direction, 2, True, 1100, 512, None).resident
+        assert not chosen(direction, 4, False, 4, 2**20, 1024).resident  # its offsets would not fit 32 bits
 
 
 def test_more_channels_have_smaller_programs_so_that_all_begin_at_once():
     for channels, warps in ((512, 4), (1024, 2), (2048, 1), (30_000, 1)):
-        shape = layout.Layout(False, 8, channels, 1024)
+        shape = layout.Layout(False, 8, channels, 4096)
         forward, backward = (
-            config.launch_for(direction, shape, 4, (1024 * channels, 1024), 132)
+            config.launch_for(direction, shape, 4, (4096 * channels, 4096), 132)
             for direction in ("forward", "backward")
         )
-        assert forward.alone and (forward.num_warps, backward.num_warps) == (warps, 4)
+        assert forward.alone and not forward.resident and (forward.num_warps, backward.num_warps) == (warps, 4)
         assert channels > 2112 or channels * warps <= 132 * 16
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from brn_kernels.backends import triton as kernels  # noqa: E402
 from brn_kernels.backends.triton import config  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("triton_kernels")
+pytestmark = pytest.mark.usefixtures("triton_kernels", "nothing_resident")
 
 
 @pytest.mark.parametrize(

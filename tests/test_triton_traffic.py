@@ -61,11 +61,11 @@ def traffic(monkeypatch, device):
     "schedule, reads_of_x", [([1e9, 1e9, 0.0, 0.0, 0.0], 1), (CLOSED, 2)], ids=["unclipped", "closed"]
 )
 def test_forward_traffic(launches, traffic, device, channels_last, schedule, reads_of_x):
-    """Unclipped: one read and one write. While the limits are closed: two reads and one write."""
+    """Unclipped: one read and one write. While the limits are closed: two reads and one write; one if held."""
     arguments = call(device, (6, 16, 5, 3), channels_last=channels_last, schedule=schedule)
     y, _, _ = kernels.forward(**arguments)
     seen = traffic({"x": arguments["x"], "y": y})
-    assert seen.loads == {"x": reads_of_x, "y": 0}
+    assert seen.loads == {"x": 1 if launches == "resident" else reads_of_x, "y": 0}
     assert seen.stores == {"x": 0, "y": 1}
 
 
@@ -94,13 +94,15 @@ def test_only_clipped_channels_are_read_again(launches, traffic, device, channel
     y, _, _ = kernels.forward(**arguments)
     assert arguments["clipped"].nonzero().tolist() == [[11]]
     seen = traffic({"x": arguments["x"], "y": y})
+    if launches == "resident":
+        together = 0
     assert seen.loads["x"] == 1 + together / 32
     assert seen.stores["y"] == (1 + together / 32 if together > 1 else 1)
 
 
 @LAYOUTS
 def test_backward_traffic(launches, traffic, device, channels_last):
-    """Four reads and one write."""
+    """Four reads and one write; two reads if a program holds its channels."""
     shape = (6, 16, 4, 4)
     arguments = call(device, shape, channels_last=channels_last, residual=True, activation="relu")
     y, saved, bits = kernels.forward(**arguments)
@@ -110,7 +112,8 @@ def test_backward_traffic(launches, traffic, device, channels_last):
         dy, x, None, None, arguments["weight"], arguments["bias"], saved, bits, "relu", True, True
     )
     seen = traffic({"x": x, "dy": dy, "bits": bits, "dx": dx, "dresidual": dresidual})
-    assert seen.loads == {"x": 2, "dy": 2, "bits": 2, "dx": 0, "dresidual": 0}
+    reads = 1 if launches == "resident" else 2
+    assert seen.loads == {"x": reads, "dy": reads, "bits": reads, "dx": 0, "dresidual": 0}
     assert seen.stores == {"x": 0, "dy": 0, "bits": 0, "dx": 1, "dresidual": 1}
 
 

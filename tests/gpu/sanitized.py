@@ -17,7 +17,7 @@ from brn_kernels.backends import layout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS = 2 if DEVICE.type == "cuda" else 1  # the second knows which channels clipped
-WAYS = ("as chosen", "two launches", "bundles", "one launch")
+WAYS = ("resident", "in large tiles", "two launches", "bundles", "one launch")
 NARROW = brn.ClipSchedule.constant(1.05, 0.05)  # clips some channels of random data
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -74,7 +74,10 @@ def choose(way):
     """Make the Triton kernels' launches go that way, in small tiles: their loops turn more than once."""
     from brn_kernels.backends.triton import config
 
-    if way == "as chosen":
+    if way == "resident":  # as they are chosen
+        return
+    config.RESIDENCE.update(dict.fromkeys(config.RESIDENCE, config.Residence(0, 1, 1, 1, 1)))
+    if way == "in large tiles":
         return
     config.SETTINGS.update(dict.fromkeys(config.SETTINGS, config.Settings(4, 1, 2)))  # what warps share is sanitized
     config.MAX_INNER_CHANNELS_LAST, config.MIN_INNER_CONTIGUOUS = 8, 8
@@ -106,11 +109,14 @@ def set_plan(call, x, way):
     launch._plan.cache_clear()
     config.launch_for.cache_clear()
     number = 132
-    if way != "as chosen":
+    if way not in ("resident", "in large tiles"):
         number = next((n for n in range(1, 200) if all(map(fits, launches(n)))), None)
         assert number, (call, way, launches(1))
         config.multiprocessors_of = lambda _: number
     for it in launches(number):
+        assert it.resident == (way == "resident") or call.residual, (call, it)  # packed bits take registers
+        if it.resident:
+            continue
         assert call.channels_last or (it.tile_channels > 1) == call.side_by_side, (call, it)
         assert (it.vector * x.itemsize < 16) == call.narrow, (call, it)
 

@@ -52,6 +52,31 @@ SETTINGS = {
 # both passes in one launch need more registers
 WARPS_OF_MANY_REGISTERS = 8  # of all programs on a multiprocessor
 
+
+@dataclass(frozen=True)
+class Residence:
+    """Which tiles are held in registers, and by how many threads."""
+
+    values: int  # the most of a tile; half of that where arithmetic takes many registers, a quarter in float64
+    values_a_thread: int
+    values_a_thread_of_few: int  # where there are fewer channel tiles than multiprocessors
+    most_warps: int
+    programs: int  # that are to find room on a multiprocessor, at least
+
+
+# By direction and access; measured like the settings above. What comes to more than these does not pay: one program a
+# multiprocessor waits while it reads and while it writes
+RESIDENCE = {
+    ("forward", "channels_last"): Residence(2**14, 64, 16, most_warps=8, programs=1),
+    ("forward", "contiguous"): Residence(2**14, 64, 16, most_warps=8, programs=1),
+    ("forward", "narrow"): Residence(2**12, 64, 16, most_warps=8, programs=1),
+    ("backward", "channels_last"): Residence(2**14, 32, 32, most_warps=16, programs=1),
+    ("backward", "contiguous"): Residence(2**13, 16, 16, most_warps=16, programs=2),
+    ("backward", "narrow"): Residence(2**12, 4, 4, most_warps=16, programs=2),
+}
+SECTOR_BYTES = 32  # what memory is read by
+MAX_NARROW_OFFSET = 2**31  # theirs are counted in 32 bits: fewer registers
+
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
 MIN_INNER = 8  # a byte of packed bits
 MIN_INNER_CONTIGUOUS = 64
@@ -70,6 +95,7 @@ class Launch:
     """How one tensor is worked through. ``grid`` is (channel tiles, splits)."""
 
     channels_last: bool  # or planes side by side: rows of columns that each belong to one channel
+    resident: bool  # a program reads all values of its channels once, and holds them in registers
     tile_channels: int  # of a channel tile
     plane: int  # columns of a channel
     row: int  # columns of a row in memory
@@ -126,6 +152,7 @@ def launch_for(
     multiprocessors: int,
     many_registers: bool = False,
     has_bits: bool = False,
+    may_be_resident: bool = True,
 ) -> Launch:
     """The settings for one pass over tensors of this layout.
 
@@ -137,7 +164,12 @@ def launch_for(
         multiprocessors: of the GPU it runs on.
         many_registers: the kernel packs bits, or computes a smooth activation's derivative.
         has_bits: it writes or reads packed bits, which begin anew with each channel.
+        may_be_resident: it gathers statistics; one that only writes has nothing to hold.
     """
+    if may_be_resident:
+        resident = _resident(direction, layout, itemsize, strides, multiprocessors, many_registers or has_bits)
+        if resident is not None:
+            return resident
     access = max(1, ACCESS_BYTES // itemsize)
     plane = 1 if layout.channels_last else layout.inner
     side_by_side = 1
@@ -172,6 +204,7 @@ def launch_for(
     group_rows = layout.channels_last or vector < access
     return Launch(
         channels_last=layout.channels_last,
+        resident=False,
         tile_channels=tile_channels,
         plane=plane,
         row=layout.inner,
@@ -187,6 +220,59 @@ def launch_for(
         splits=splits,
         max_registers=settings.registers,
         num_warps=settings.warps,
+    )
+
+
+def _resident(
+    direction: str,
+    layout: Layout,
+    itemsize: int,
+    strides: tuple[int, ...],
+    multiprocessors: int,
+    many_registers: bool,
+) -> Launch | None:
+    """A tile for all values of a channel, or of a few in channels_last, if registers can hold it."""
+    access = max(1, ACCESS_BYTES // itemsize)
+    vector = _common_vector(access, (layout.inner, *strides))
+    kind = "channels_last" if layout.channels_last else "contiguous" if vector == access else "narrow"
+    residence = RESIDENCE[direction, kind]
+    most = residence.values // (2 if many_registers else 1) // (4 if itemsize == 8 else 1)
+    outer = _power_of_2(layout.outer)
+    if layout.channels_last:
+        widths = [1 << k for k in range(3, 7) if SECTOR_BYTES <= itemsize << k and outer << k <= most]
+        enough = [width for width in widths if layout.channels >= width * multiprocessors]
+        if not widths:
+            return None
+        inner = max(enough, default=widths[0])
+    else:
+        inner = max(_power_of_2(layout.inner), MIN_INNER)
+    values = outer * inner
+    last = outer * max(strides[::2]) + layout.channels * max(strides[1::2], default=0)
+    if values > most or last >= MAX_NARROW_OFFSET:
+        return None
+    tile_channels = inner if layout.channels_last else 1
+    channel_tiles = -(-layout.channels // tile_channels)
+    a_thread = residence.values_a_thread_of_few if channel_tiles < multiprocessors else residence.values_a_thread
+    warps = max(values // (32 * a_thread), min(4, values // (32 * access)), 1)
+    warps = min(warps, residence.most_warps)
+    return Launch(
+        channels_last=layout.channels_last,
+        resident=True,
+        tile_channels=tile_channels,
+        plane=1 if layout.channels_last else layout.inner,
+        row=layout.inner,
+        outer=outer,
+        inner=inner,
+        vector=vector,
+        group=1,
+        group_rows=True,
+        channel_tiles=channel_tiles,
+        chunks=1,
+        items=1,
+        items_per_split=1,
+        splits=1,
+        max_registers=Settings(warps, 1, 1 if many_registers or itemsize == 8 else residence.programs).registers,
+        num_warps=warps,
     )
 
 

@@ -23,8 +23,12 @@ from .kernels_common import (
     arrive,
     bits_pointers,
     channels_of,
+    from_the_end,
+    in_channels,
     in_groups,
+    items_of,
     locate,
+    locate_resident,
     number,
     offsets,
     over_planes,
@@ -59,12 +63,15 @@ def load_item(
     dy_ptr, x_ptr, bits_ptr, item, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks, row_bytes,
     plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    CT: tl.constexpr, VECTOR: tl.constexpr,
+    CT: tl.constexpr, VECTOR: tl.constexpr, RESIDENT: tl.constexpr = False,
 ):  # fmt: skip
     """Rows, columns and existence of a work item; its dy' and x - batch_mean, (OUTER, INNER)."""
-    rows, columns, m_exists = locate(
-        item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
-    )  # fmt: skip
+    if RESIDENT:
+        rows, columns, m_exists = locate_resident(tile, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
+    else:
+        rows, columns, m_exists = locate(
+            item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
+        )  # fmt: skip
     o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
     o_dy = offsets(rows, columns, tile, dy_outer_v, dy_channel_v, VECTOR, CHANNELS_LAST)
     b_x = tl.load(x_ptr + o_x, mask=m_exists, other=0.0).to(ACC)
@@ -83,8 +90,8 @@ def load_item(
 
 @triton.jit
 def reduce_split(
-    tile, split, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane,
+    tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr,
+    outer_size, channels, inner_v, chunks, items, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     CT: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr,
@@ -96,8 +103,9 @@ def reduce_split(
     batch_mean, inv_std, scale, shift = channel_values(saved_ptr, weight_ptr, bias_ptr, o_columns, channels, ACC)
     s1 = tl.zeros([ROWS, COLUMNS], ACC)
     s2 = tl.zeros([ROWS, COLUMNS], ACC)
-    first = split * items_per_split
-    for item in range(first, tl.minimum(first + items_per_split, items)):
+    first, apart, its_items = items_of(split, splits, items, CHANNELS_LAST)
+    for done in range(0, its_items):
+        item = first + done * apart
         _, _, _, b_dy, b_centered = load_item(
             dy_ptr, x_ptr, bits_ptr, item, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks,
             row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
@@ -152,8 +160,8 @@ def finish(
 
 @triton.jit
 def apply_split(
-    tile, split, mean_dy, slope, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane,
+    tile, split, splits, mean_dy, slope, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr,
+    dresidual_ptr, outer_size, channels, inner_v, chunks, items, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     CT: tl.constexpr, VECTOR: tl.constexpr,
@@ -162,23 +170,33 @@ def apply_split(
     COLUMNS: tl.constexpr = INNER if CHANNELS_LAST else 1
     o_columns = channels_of(tl.arange(0, COLUMNS), tile, plane, CHANNELS_LAST, INNER, CT)
     batch_mean, _, scale, shift = channel_values(saved_ptr, weight_ptr, bias_ptr, o_columns, channels, ACC)
-    first = split * items_per_split
-    end = tl.minimum(first + items_per_split, items)
-    for step in range(0, end - first):
+    first, apart, its_items = items_of(split, splits, items, CHANNELS_LAST)
+    for done in range(0, its_items):
+        item = first + (its_items - 1 - done) * apart
         rows, columns, m_exists, b_dy, b_centered = load_item(
-            dy_ptr, x_ptr, bits_ptr, end - 1 - step, tile, batch_mean, scale, shift, outer_size, channels, inner_v,
-            chunks, row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+            dy_ptr, x_ptr, bits_ptr, item, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks,
+            row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
             ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
         )  # fmt: skip
-        if dx_ptr is not None:
-            b_dx = scale[None, :] * (b_dy - mean_dy[None, :] - b_centered * slope[None, :])
-            o_dx = offsets(rows, columns, tile, dx_outer_v, dx_channel_v, VECTOR, CHANNELS_LAST)
-            tl.store(dx_ptr + o_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_exists)
-        if dresidual_ptr is not None:
-            o_dresidual = offsets(
-                rows, columns, tile, dresidual_outer_v, dresidual_channel_v, VECTOR, CHANNELS_LAST
-            )  # fmt: skip
-            tl.store(dresidual_ptr + o_dresidual, b_dy.to(dresidual_ptr.dtype.element_ty), mask=m_exists)
+        write(
+            b_dy, b_centered, rows, columns, m_exists, tile, mean_dy, slope, scale, dx_ptr, dresidual_ptr,
+            dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v, VECTOR, CHANNELS_LAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def write(
+    b_dy, b_centered, rows, columns, m_exists, tile, mean_dy, slope, scale, dx_ptr, dresidual_ptr,
+    dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Dx and dresidual of a work item."""
+    if dx_ptr is not None:
+        b_dx = scale[None, :] * (b_dy - mean_dy[None, :] - b_centered * slope[None, :])
+        o_dx = offsets(rows, columns, tile, dx_outer_v, dx_channel_v, VECTOR, CHANNELS_LAST)
+        tl.store(dx_ptr + o_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_exists)
+    if dresidual_ptr is not None:
+        o_dresidual = offsets(rows, columns, tile, dresidual_outer_v, dresidual_channel_v, VECTOR, CHANNELS_LAST)
+        tl.store(dresidual_ptr + o_dresidual, b_dy.to(dresidual_ptr.dtype.element_ty), mask=m_exists)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -186,7 +204,7 @@ def reduce_kernel(
     dy_ptr, x_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
     weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr,  # (channels,), saved (4, channels)
     workspace_ptr, tickets_ptr,  # see above; (channel tiles,)
-    outer_size, channels, inner_v, chunks, items, items_per_split, bundle, padded, row_bytes, plane,
+    outer_size, channels, inner_v, chunks, items, bundle, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, values: tl.float64,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     CT: tl.constexpr, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, VECTOR: tl.constexpr, MERGE_ROWS: tl.constexpr,
@@ -194,8 +212,8 @@ def reduce_kernel(
     """Grid (channel tiles, splits)."""
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     s1, s2 = reduce_split(
-        tile, split, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, outer_size, channels, inner_v, chunks,
-        items, items_per_split, row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+        tile, split, splits, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, outer_size, channels, inner_v,
+        chunks, items, row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
         ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, GROUP, GROUP_ROWS, VECTOR,
     )  # fmt: skip
     o_channels = tile * CT + tl.arange(0, CT)
@@ -223,18 +241,18 @@ def reduce_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def apply_kernel(
     dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, bundle, padded, row_bytes, plane,
+    outer_size, channels, inner_v, chunks, items, bundle, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     CT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles, splits)."""
     COLUMNS: tl.constexpr = INNER if CHANNELS_LAST else 1
-    tile = tl.program_id(0)
+    tile, split = from_the_end()
     p_mean_dy = workspace_ptr + channels_of(tl.arange(0, COLUMNS), tile, plane, CHANNELS_LAST, INNER, CT)
     apply_split(
-        tile, tl.program_id(1), tl.load(p_mean_dy), tl.load(p_mean_dy + padded), dy_ptr, x_ptr, bits_ptr, weight_ptr,
-        bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, outer_size, channels, inner_v, chunks, items, items_per_split,
+        tile, split, tl.num_programs(1), tl.load(p_mean_dy), tl.load(p_mean_dy + padded), dy_ptr, x_ptr, bits_ptr,
+        weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr, outer_size, channels, inner_v, chunks, items,
         row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v,
         dresidual_outer_v, dresidual_channel_v, ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
     )  # fmt: skip
@@ -243,7 +261,7 @@ def apply_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def alone_kernel(
     dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr, dx_ptr, dresidual_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, bundle, padded, row_bytes, plane,
+    outer_size, channels, inner_v, chunks, items, bundle, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
     values: tl.float64,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
@@ -252,8 +270,8 @@ def alone_kernel(
     """Grid (channel tiles, 1): with one split a program has all of its channels' values and need wait for no other."""
     tile = tl.program_id(0)
     s1, s2 = reduce_split(
-        tile, 0, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, outer_size, channels, inner_v, chunks,
-        items, items_per_split, row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+        tile, 0, 1, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, outer_size, channels, inner_v,
+        chunks, items, row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
         ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, GROUP, GROUP_ROWS, VECTOR,
     )  # fmt: skip
     o_channels = tile * CT + tl.arange(0, CT)
@@ -261,8 +279,34 @@ def alone_kernel(
     if CHANNELS_LAST and CT != INNER:
         mean_dy, slope = across_planes(mean_dy, plane, INNER, CT), across_planes(slope, plane, INNER, CT)
     apply_split(
-        tile, 0, mean_dy, slope, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr,
-        outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane, dy_outer_v, dy_channel_v,
+        tile, 0, 1, mean_dy, slope, dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dx_ptr, dresidual_ptr,
+        outer_size, channels, inner_v, chunks, items, row_bytes, plane, dy_outer_v, dy_channel_v,
         x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
         ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def resident_backward_kernel(
+    dy_ptr, x_ptr, bits_ptr, weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr, dx_ptr, dresidual_ptr,
+    outer_size, channels, inner_v, chunks, items, bundle, padded, row_bytes, plane,
+    dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v,
+    values: tl.float64,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    CT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Grid (channel tiles, 1): a program holds all of its channels' values in registers, and reads them once."""
+    tile = tl.program_id(0)
+    o_channels = tile * CT + tl.arange(0, CT)
+    batch_mean, inv_std, scale, shift = channel_values(saved_ptr, weight_ptr, bias_ptr, o_channels, channels, ACC)
+    rows, columns, m_exists, b_dy, b_centered = load_item(
+        dy_ptr, x_ptr, bits_ptr, 0, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks,
+        row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
+        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR, RESIDENT=True,
+    )  # fmt: skip
+    s1, s2 = in_channels(b_dy, CHANNELS_LAST), in_channels(b_dy * b_centered, CHANNELS_LAST) * inv_std
+    mean_dy, slope = finish(s1, s2, o_channels, saved_ptr, dweight_ptr, dbias_ptr, channels, values, ACC)
+    write(
+        b_dy, b_centered, rows, columns, m_exists, tile, mean_dy, slope, scale, dx_ptr, dresidual_ptr,
+        dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v, VECTOR, CHANNELS_LAST,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import triton.language as tl
 # Sizes and strides of every kernel. Nothing is compiled anew for their values: what a kernel must know of them (by how
 # much rows and columns divide) it is told by VECTOR, so that all layers of a kind share one compilation.
 SIZES = (
-    "outer_size", "channels", "inner_v", "chunks", "items", "items_per_split", "bundle", "padded", "row_bytes", "plane",
+    "outer_size", "channels", "inner_v", "chunks", "items", "bundle", "padded", "row_bytes", "plane",
     "x_outer_v", "x_channel_v", "y_outer_v", "y_channel_v", "residual_outer_v", "residual_channel_v",
     "dy_outer_v", "dy_channel_v", "dx_outer_v", "dx_channel_v", "dresidual_outer_v", "dresidual_channel_v",
     "hold", "r_ramp", "d_ramp",
@@ -72,43 +72,67 @@ def across_planes(b, plane, INNER: tl.constexpr, CT: tl.constexpr):
 @triton.jit
 def locate(
     item, tile, chunks, outer_size, inner_v, plane, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr, IN_EIGHTS: tl.constexpr = False,
+    OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """Where a work item lies: its rows, in 64 bits, its columns, and which of its elements exist.
 
-    Shapes (OUTER, 1), (1, INNER), (OUTER, INNER); or (OUTER, 1, 1), (1, INNER / 8, 8), (OUTER, INNER / 8, 8).
+    Shapes (OUTER, 1), (1, INNER), (OUTER, INNER). None exist of an item beyond the last.
     """
-    rows = tl.arange(0, OUTER)
-    if IN_EIGHTS:
-        columns = (tl.arange(0, INNER // 8) * 8)[:, None] + tl.arange(0, 8)[None, :]
-        rows = rows[:, None]
-    else:
-        columns = tl.arange(0, INNER)
+    columns = tl.arange(0, INNER)
     inner_size = inner_v * VECTOR
     if CHANNELS_LAST:
-        rows = tl.cast(item, tl.int64) * OUTER + rows
+        rows = tl.cast(item, tl.int64) * OUTER + tl.arange(0, OUTER)
         if CT == INNER:
             columns += tile * INNER
         else:
             columns += tile * (CT * plane)
             inner_size = (tile + 1) * (CT * plane)
     else:
-        rows = tl.cast(item // chunks, tl.int64) * OUTER + rows
+        rows = tl.cast(item // chunks, tl.int64) * OUTER + tl.arange(0, OUTER)
         columns += (item % chunks) * INNER
-    if IN_EIGHTS:
-        rows, columns = rows[:, :, None], columns[None, :, :]
-    else:
-        rows, columns = rows[:, None], columns[None, :]
+    rows, columns = rows[:, None], columns[None, :]
     return rows, columns, (rows < outer_size) & (columns < inner_size)
 
 
 @triton.jit
 def offsets(rows, columns, tile, outer_stride_v, channel_stride_v, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Where a work item lies in a tensor: 64 bits. Strides come divided by VECTOR, so that it is known to divide."""
-    o_rows = rows * (tl.cast(outer_stride_v, tl.int64) * VECTOR)
+    """Where a work item lies in a tensor, as wide as ``rows``. Strides come divided by VECTOR: it is seen to divide."""
+    o_rows = rows * (tl.cast(outer_stride_v, rows.dtype) * VECTOR)
     if not CHANNELS_LAST:
-        o_rows += tl.cast(tile, tl.int64) * (tl.cast(channel_stride_v, tl.int64) * VECTOR)
+        o_rows += tl.cast(tile, rows.dtype) * (tl.cast(channel_stride_v, rows.dtype) * VECTOR)
     return o_rows + columns
+
+
+@triton.jit
+def locate_resident(
+    tile, outer_size, inner_v, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+):  # fmt: skip
+    """``locate`` of the one item of a channel tile, with rows in 32 bits: fewer registers. The host sees to it."""
+    rows, columns = tl.arange(0, OUTER)[:, None], tl.arange(0, INNER)[None, :]
+    if CHANNELS_LAST:
+        columns += tile * INNER
+    return rows, columns, (rows < outer_size) & (columns < inner_v * VECTOR)
+
+
+@triton.jit
+def items_of(split, splits, items, CHANNELS_LAST: tl.constexpr):
+    """The first item of a split, how far apart its items are, and how many it has.
+
+    In channels_last all splits together go through memory in order; in the contiguous layout each has a run of items.
+    """
+    if CHANNELS_LAST:
+        return split, splits, tl.cdiv(items - split, splits)
+    else:
+        its_items = tl.cdiv(items, splits)
+        first = split * its_items
+        return first, 1, tl.minimum(its_items, items - first)
+
+
+@triton.jit
+def from_the_end():
+    """The tile and split of a program that comes the sooner, the later the first launch's came: L2 holds its reads."""
+    return tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
 
 
 @triton.jit

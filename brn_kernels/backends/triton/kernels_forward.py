@@ -7,8 +7,8 @@ channels were not written rightly. ``repair_kernel`` writes those, from the end 
 reads hit the L2 cache; if there are none it returns at once.
 
 Workspace, rows of ``padded`` values: 0 pivot, 1 scale, 2 shift (y = (x - pivot) * scale + shift), 3 whether it is to be
-repaired (in channels_last 8 channels are together: a 16-byte access never sees a mask change within it), then for each
-split, then for each bundle of splits, the count; then as many means; then as many sums of squares about them.
+repaired, then for each split, then for each bundle of splits, the count; then as many means; then as many sums of
+squares about them.
 """
 
 import triton
@@ -22,10 +22,13 @@ from .kernels_common import (
     belongs,
     bits_pointers,
     channels_of,
+    from_the_end,
     in_channels,
     in_groups,
     is_finite,
+    items_of,
     locate,
+    locate_resident,
     number,
     offsets,
     over_planes,
@@ -56,7 +59,7 @@ def stream_kernel(
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, clipped_ptr,  # (channels,)
     counter_ptr, limits_ptr, auto_ptr,  # int64; (2,); (5, channels)
     saved_ptr, workspace_ptr, tickets_ptr,  # (4, channels); see above; (channel tiles,)
-    outer_size, channels, inner_v, chunks, items, items_per_split, bundle, padded, row_bytes, plane,
+    outer_size, channels, inner_v, chunks, items, bundle, padded, row_bytes, plane,
     x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v, hold, r_ramp, d_ramp,
     r_max: tl.float64, d_max: tl.float64, momentum: tl.float64, eps: tl.float64, values: tl.float64,
     ACC: tl.constexpr, CUMULATIVE: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -71,16 +74,15 @@ def stream_kernel(
     square distance from the mean of all is at most k variances: what cancels in s2 - s1^2 / count is bounded, however
     large the mean is.
     """
-    tile, split = tl.program_id(0), tl.program_id(1)
+    tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     COLUMNS: tl.constexpr = INNER if CHANNELS_LAST else 1
     ROWS: tl.constexpr = OUTER * INNER // GROUP // COLUMNS
     o_columns = channels_of(tl.arange(0, COLUMNS), tile, plane, CHANNELS_LAST, INNER, CT)
     m_columns = o_columns < channels
 
-    first = split * items_per_split
-    end = tl.minimum(first + items_per_split, items)
+    first, apart, its_items = items_of(split, splits, items, CHANNELS_LAST)
     b_next = load_item(  # before all else: it takes longest
-        x_ptr, first, end, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST,
+        x_ptr, first, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST,
         OUTER, INNER, CT,
     )  # fmt: skip
     step = tl.full([], 0, tl.int64)
@@ -102,35 +104,41 @@ def stream_kernel(
         if arrive(tickets_ptr, tl.num_programs(0)):
             tl.store(counter_ptr, step + 1)
     first_count = values_of(first, chunks, outer_size, inner_v * VECTOR, CHANNELS_LAST, OUTER, INNER)
-    origin = in_channels(b_next.to(ACC), CHANNELS_LAST) / first_count.to(ACC)
+    first_sums = in_groups(b_next.to(ACC), CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
+    origin = tl.sum(first_sums, 0) / first_count.to(ACC)
     s1 = tl.zeros([ROWS, COLUMNS], ACC)
     s2 = tl.zeros([ROWS, COLUMNS], ACC)
     count = tl.full([], 0, tl.int64)
     m_all = tl.full([1, 1], 1, tl.int1)
-    for item in range(first, end):
+    for done in range(0, its_items):
+        item = first + done * apart
         b_x = b_next.to(ACC)
+        following = tl.where(done + 1 < its_items, item + apart, items)  # none after the last
         b_next = load_item(  # travels while this one is worked on
-            x_ptr, item + 1, end, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR,
+            x_ptr, following, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR,
             CHANNELS_LAST, OUTER, INNER, CT,
         )  # fmt: skip
         rows, columns, m_exists = locate(
             item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
         )  # fmt: skip
+        if residual_ptr is not None:
+            b_residual = load_residual(
+                residual_ptr, rows, columns, tile, m_exists & speculates, residual_outer_v, residual_channel_v,
+                VECTOR, CHANNELS_LAST,
+            )  # fmt: skip
         b_centered = tl.where(m_exists, b_x - origin[None, :], 0.0)
         s1 += in_groups(b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
         s2 += in_groups(b_centered * b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
         count += values_of(item, chunks, outer_size, inner_v * VECTOR, CHANNELS_LAST, OUTER, INNER)
-        b_z = tl.fma(
-            b_x - pivot[None, :], scale[None, :], shift[None, :]
-        )  # out here: no exchange of coefficients within
+        b_z = tl.fma(b_x - pivot[None, :], scale[None, :], shift[None, :])  # out here: no exchange of coefficients
+        if residual_ptr is not None:
+            b_z += b_residual.to(ACC)
         if speculates:
             write(
-                b_z, rows, columns, m_exists, m_all, item, tile, residual_ptr, y_ptr, bits_ptr,
-                chunks, outer_size, channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
-                ACTIVATION, VECTOR, CHANNELS_LAST, OUTER, INNER,
+                b_z, rows, columns, m_exists, m_all, item, tile, y_ptr, bits_ptr, chunks, outer_size, channels,
+                row_bytes, y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, INNER,
             )  # fmt: skip
 
-    splits = tl.num_programs(1)
     o_channels = tile * CT + tl.arange(0, CT)
     s1_total, s2_total = tl.sum(s1, 0), tl.sum(s2, 0)
     b_count = tl.zeros([COLUMNS], ACC) + count.to(ACC)
@@ -151,10 +159,10 @@ def stream_kernel(
         )  # fmt: skip
         tl.debug_barrier()  # other threads than repair it may have written y wrongly
         repair(
-            tile, split, in_eights(o_pivot, plane, CHANNELS_LAST, INNER, CT),
-            in_eights(o_scale, plane, CHANNELS_LAST, INNER, CT), in_eights(o_shift, plane, CHANNELS_LAST, INNER, CT),
-            tl.max(in_eights(wrong, plane, CHANNELS_LAST, INNER, CT), 1) > 0, x_ptr, residual_ptr, y_ptr, bits_ptr,
-            outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane,
+            tile, split, splits, in_columns(o_pivot, plane, CHANNELS_LAST, INNER, CT),
+            in_columns(o_scale, plane, CHANNELS_LAST, INNER, CT), in_columns(o_shift, plane, CHANNELS_LAST, INNER, CT),
+            in_columns(wrong, plane, CHANNELS_LAST, INNER, CT) > 0, x_ptr, residual_ptr, y_ptr, bits_ptr,
+            outer_size, channels, inner_v, chunks, items, row_bytes, plane,
             x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
             ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
         )  # fmt: skip
@@ -188,15 +196,15 @@ def stream_kernel(
 
 @triton.jit
 def load_item(
-    x_ptr, item, end, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR: tl.constexpr,
+    x_ptr, item, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
-    """X of a work item as it is stored, (OUTER, INNER); 0 where there is none, and from ``end`` on."""
+    """X of a work item as it is stored, (OUTER, INNER); 0 where there is none."""
     rows, columns, m_exists = locate(
         item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
     )  # fmt: skip
     o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
-    return tl.load(x_ptr + o_x, mask=m_exists & (item < end), other=0.0)
+    return tl.load(x_ptr + o_x, mask=m_exists, other=0.0)
 
 
 @triton.jit
@@ -238,27 +246,32 @@ def prediction(
 
 
 @triton.jit
+def load_residual(
+    residual_ptr, rows, columns, tile, m_read, residual_outer_v, residual_channel_v, VECTOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The residual of a work item as it is stored, where ``m_read``; to be asked for early."""
+    o_residual = offsets(rows, columns, tile, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST)
+    return tl.load(residual_ptr + o_residual, mask=m_read, other=0.0)
+
+
+@triton.jit
 def write(
-    b_z, rows, columns, m_write, m_groups, item, tile, residual_ptr, y_ptr, bits_ptr, chunks,
-    outer_size, channels, row_bytes, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
-    ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr,
+    b_z, rows, columns, m_write, m_groups, item, tile, y_ptr, bits_ptr, chunks, outer_size, channels, row_bytes,
+    y_outer_v, y_channel_v, ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
     """Write y of one work item where ``m_write``, and its packed bits where ``m_groups``, (1, INNER / 8 or 1).
 
-    The one way in which any pass computes y, with ``b_z = fma(x - pivot, scale, shift)``: its bits do not depend on the
-    pass. A work item is (OUTER, INNER) or (OUTER, INNER / 8, 8).
+    The one way in which any pass computes y, with ``b_z = fma(x - pivot, scale, shift)`` and the residual: its bits do
+    not depend on the pass.
     """
-    if residual_ptr is not None:
-        o_residual = offsets(rows, columns, tile, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST)
-        b_z += tl.load(residual_ptr + o_residual, mask=m_write, other=0.0).to(b_z.dtype)
     if bits_ptr is not None:
         p_bits, m_bytes = bits_pointers(
-            bits_ptr, tl.reshape(rows, (OUTER, 1)), tile, item, chunks, outer_size, channels, row_bytes,
-            CHANNELS_LAST, INNER,
+            bits_ptr, rows, tile, item, chunks, outer_size, channels, row_bytes, CHANNELS_LAST, INNER
         )  # fmt: skip
         b_positive = tl.where(m_write, tl.where(b_z <= 0.0, 0, 1), 0)
-        tl.store(p_bits, pack(b_positive, OUTER, INNER), mask=m_bytes & m_groups)
+        tl.store(p_bits, pack(b_positive, b_z.shape[0], INNER), mask=m_bytes & m_groups)
     o_y = offsets(rows, columns, tile, y_outer_v, y_channel_v, VECTOR, CHANNELS_LAST)
     tl.store(y_ptr + o_y, activate(b_z, ACTIVATION).to(y_ptr.dtype.element_ty), mask=m_write)
 
@@ -378,9 +391,54 @@ def finish(
 
 
 @triton.jit(do_not_specialize=SIZES)
+def resident_forward_kernel(
+    x_ptr, residual_ptr, y_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
+    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, clipped_ptr,  # (channels,)
+    counter_ptr, limits_ptr, auto_ptr,  # int64; (2,); (5, channels)
+    saved_ptr, workspace_ptr, tickets_ptr,  # (4, channels); see above; (1,)
+    outer_size, channels, inner_v, chunks, items, bundle, padded, row_bytes, plane,
+    x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v, hold, r_ramp, d_ramp,
+    r_max: tl.float64, d_max: tl.float64, momentum: tl.float64, eps: tl.float64, values: tl.float64,
+    ACC: tl.constexpr, CUMULATIVE: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Grid (channel tiles, 1): a program holds all of its channels' values in registers: nothing need be predicted."""
+    tile = tl.program_id(0)
+    o_channels = tile * CT + tl.arange(0, CT)
+    rows, columns, m_exists = locate_resident(tile, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
+    o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
+    b_x = tl.load(x_ptr + o_x, mask=m_exists, other=0.0).to(ACC)
+    step = tl.full([], 0, tl.int64)
+    if counter_ptr is not None:
+        step = tl.load(counter_ptr)
+        if arrive(tickets_ptr, tl.num_programs(0)):  # meanwhile x is on its way
+            tl.store(counter_ptr, step + 1)
+    if residual_ptr is not None:
+        b_residual = load_residual(
+            residual_ptr, rows, columns, tile, m_exists, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST
+        )  # fmt: skip
+    mean = in_channels(b_x, CHANNELS_LAST) / number(values, ACC)
+    b_centered = tl.where(m_exists, b_x - mean[None, :], 0.0)
+    m2 = in_channels(b_centered * b_centered, CHANNELS_LAST)
+    pivot, scale, shift, _ = finish(
+        mean, m2, o_channels * 0, o_channels,
+        running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, step, limits_ptr,
+        auto_ptr, saved_ptr, workspace_ptr, channels, padded, r_max, d_max, hold, r_ramp, d_ramp, momentum, eps,
+        values, ACC, CUMULATIVE,
+    )  # fmt: skip
+    b_z = tl.fma(b_x - pivot[None, :], scale[None, :], shift[None, :])
+    if residual_ptr is not None:
+        b_z += b_residual.to(ACC)
+    write(
+        b_z, rows, columns, m_exists, tl.full([1, 1], 1, tl.int1), 0, tile, y_ptr, bits_ptr, chunks, outer_size,
+        channels, row_bytes, y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, INNER,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
 def repair_kernel(
     x_ptr, residual_ptr, y_ptr, bits_ptr, counter_ptr, workspace_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, bundle, padded, row_bytes, plane,
+    outer_size, channels, inner_v, chunks, items, bundle, padded, row_bytes, plane,
     x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr, VECTOR: tl.constexpr,
@@ -389,60 +447,66 @@ def repair_kernel(
     if counter_ptr is not None:
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(counter_ptr, tl.load(counter_ptr) + 1)
-    GROUPS: tl.constexpr = INNER // 8 if CHANNELS_LAST else 1
-    WIDTH: tl.constexpr = 8 if CHANNELS_LAST else 1
-    o_groups = (tl.arange(0, GROUPS) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
-    tile = tl.program_id(0)
-    p_pivot = workspace_ptr + channels_of(o_groups, tile, plane, CHANNELS_LAST, INNER, CT)
+    tile, split = from_the_end()
+    COLUMNS: tl.constexpr = INNER if CHANNELS_LAST else 1
+    p_pivot = workspace_ptr + channels_of(tl.arange(0, COLUMNS), tile, plane, CHANNELS_LAST, INNER, CT)
     repair(
-        tile, tl.program_id(1), tl.load(p_pivot), tl.load(p_pivot + padded), tl.load(p_pivot + 2 * padded),
-        tl.max(tl.load(p_pivot + 3 * padded), 1) > 0.0, x_ptr, residual_ptr, y_ptr, bits_ptr,
-        outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane,
+        tile, split, tl.num_programs(1), tl.load(p_pivot), tl.load(p_pivot + padded), tl.load(p_pivot + 2 * padded),
+        tl.load(p_pivot + 3 * padded) > 0.0, x_ptr, residual_ptr, y_ptr, bits_ptr,
+        outer_size, channels, inner_v, chunks, items, row_bytes, plane,
         x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
         ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
     )  # fmt: skip
 
 
 @triton.jit
-def in_eights(b, plane, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr):
-    """(CT,) to the groups of columns that are repaired together, (INNER / 8, 8) or (1, 1)."""
-    if not CHANNELS_LAST:
-        return tl.reshape(b, (1, 1))
-    elif CT == INNER:
-        return tl.reshape(b, (INNER // 8, 8))
+def in_columns(b, plane, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr):
+    """(CT,) to the columns, (INNER,), or (1,) where all have the same channel."""
+    if CHANNELS_LAST and CT != INNER:
+        return across_planes(b, plane, INNER, CT)
     else:
-        return tl.reshape(across_planes(b, plane, INNER, CT), (INNER // 8, 8))
+        return b
 
 
 @triton.jit
 def repair(
-    tile, split, pivot, scale, shift, wrong, x_ptr, residual_ptr, y_ptr, bits_ptr,
-    outer_size, channels, inner_v, chunks, items, items_per_split, row_bytes, plane,
+    tile, split, splits, pivot, scale, shift, wrong, x_ptr, residual_ptr, y_ptr, bits_ptr,
+    outer_size, channels, inner_v, chunks, items, row_bytes, plane,
     x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Y of one split of a channel tile, of its channels that were left out or written wrongly.
 
-    Coefficients are (INNER / 8, 8) or (1, 1), ``wrong`` is (INNER / 8,) or (1,): a mask of shape (.., 8, 1) keeps the
-    accesses of the 8 whole.
+    Coefficients and ``wrong`` are (COLUMNS,). Eight neighbouring columns are repaired together, so that the mask is
+    constant along an access of 16 bytes.
     """
-    if CHANNELS_LAST:  # whole rows take less time than many pieces of them
-        wrong = wrong | (tl.sum(wrong.to(tl.int32), 0) > INNER // 8 // 4)
-    if tl.max(wrong.to(tl.int32), 0) > 0:
-        first = split * items_per_split
-        end = tl.minimum(first + items_per_split, items)
-        for step in range(0, end - first):
-            item = end - 1 - step
+    if CHANNELS_LAST:
+        m_groups = tl.max(tl.reshape(wrong.to(tl.int32), (INNER // 8, 8)), 1) > 0
+        m_groups |= tl.sum(m_groups.to(tl.int32), 0) > INNER // 8 // 4  # whole rows take less time than many pieces
+        m_columns = tl.reshape(tl.broadcast_to(m_groups[:, None], (INNER // 8, 8)), (INNER,))
+    else:
+        m_groups = wrong
+        m_columns = wrong
+    if tl.max(m_groups.to(tl.int32), 0) > 0:
+        first, apart, its_items = items_of(split, splits, items, CHANNELS_LAST)
+        for done in range(0, its_items):
+            item = first + (its_items - 1 - done) * apart
             rows, columns, m_exists = locate(
-                item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT, IN_EIGHTS=True
+                item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
             )  # fmt: skip
-            m_repair = m_exists & wrong[None, :, None]
+            m_repair = m_exists & m_columns[None, :]
+            if CHANNELS_LAST and VECTOR > 1:
+                m_repair = tl.max_constancy(m_repair, [1, VECTOR])  # which the compiler does not see
             o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
             b_x = tl.load(x_ptr + o_x, mask=m_repair, other=0.0).to(ACC)
+            b_z = tl.fma(b_x - pivot[None, :], scale[None, :], shift[None, :])
+            if residual_ptr is not None:
+                b_z += load_residual(
+                    residual_ptr, rows, columns, tile, m_repair, residual_outer_v, residual_channel_v, VECTOR,
+                    CHANNELS_LAST,
+                ).to(ACC)  # fmt: skip
             write(
-                tl.fma(b_x - pivot[None, :, :], scale[None, :, :], shift[None, :, :]), rows, columns, m_repair,
-                wrong[None, :], item, tile, residual_ptr, y_ptr, bits_ptr, chunks, outer_size, channels, row_bytes,
-                residual_outer_v, residual_channel_v, y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST,
-                OUTER, INNER,
+                b_z, rows, columns, m_repair, m_groups[None, :], item, tile, y_ptr, bits_ptr, chunks, outer_size,
+                channels, row_bytes, y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, INNER,
             )  # fmt: skip

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def forward(
     floats = (r_max, d_max, 0.0 if momentum is None else momentum, eps, plan.values)
     with _on_device(x):
         launcher.launch(
-            kernels_forward.stream_kernel, launch.grid,
+            kernels_forward.resident_forward_kernel if launch.resident else kernels_forward.stream_kernel, launch.grid,
             (source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
              _as_bytes(dense_clipped), num_batches_tracked, limits, dense_state, saved, workspace,
              tickets(x.device, plan.tickets)),
@@ -106,7 +106,7 @@ def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     y = torch.empty_like(x)
     target = writable(y, shape)
     strides = source.strides + readable(None, shape).strides + target.strides
-    plan = _plan("forward", shape, strides, x.dtype, x.device, activation, False)
+    plan = _plan("apply", shape, strides, x.dtype, x.device, activation, False)
     workspace = torch.ones(plan.workspace, dtype=coefficients.dtype, device=x.device)
     _coefficients(workspace, plan.launch)[:3, : shape.channels] = coefficients
     with _on_device(x):
@@ -153,9 +153,11 @@ def backward(
     tensors = (upstream.tensor, source.tensor, bits if kept else None, weight, bias, saved)
     targets = (to_x.tensor, to_residual.tensor)
     with _on_device(x):
-        if launch.alone and (needs_dx or needs_dresidual):
+        if launch.resident or (launch.alone and (needs_dx or needs_dresidual)):
+            k = kernels_backward
             launcher.launch(
-                kernels_backward.alone_kernel, launch.grid, (*tensors, dweight, dbias, *targets),
+                k.resident_backward_kernel if launch.resident else k.alone_kernel, launch.grid,
+                (*tensors, dweight, dbias, *targets),
                 plan.integers, (plan.values,), plan.summing, x.device,
             )  # fmt: skip
         else:
@@ -200,31 +202,36 @@ def _plan(
     cumulative: bool = False,
 ) -> Plan:
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    kernels: ModuleType = kernels_forward if direction == "forward" else kernels_backward
-    many_registers = has_bits if direction == "forward" else activation in ("silu", "hardswish")
+    is_backward = direction == "backward"
+    kernels: ModuleType = kernels_backward if is_backward else kernels_forward
+    many_registers = activation in ("silu", "hardswish") if is_backward else has_bits
     launch = config.launch_for(
-        direction, shape, dtype.itemsize, strides, config.multiprocessors_of(device), many_registers, has_bits
+        "backward" if is_backward else "forward", shape, dtype.itemsize, strides, config.multiprocessors_of(device),
+        many_registers, has_bits, direction != "apply",
     )  # fmt: skip
     bundle = launch.bundle(acc.itemsize)
     bundles = -(-launch.splits // bundle)
     geometry = (
-        shape.outer, shape.channels, launch.row // launch.vector, launch.chunks, launch.items, launch.items_per_split,
-        bundle, launch.padded_channels, (shape.inner + 7) // 8, launch.plane,
+        shape.outer, shape.channels, launch.row // launch.vector, launch.chunks, launch.items, bundle,
+        launch.padded_channels, (shape.inner + 7) // 8, launch.plane,
     )  # fmt: skip
     tile = {
         "ACC": _ACC[acc], "ACTIVATION": ACTIVATION_CODES[activation], "CHANNELS_LAST": launch.channels_last,
         "OUTER": launch.outer, "INNER": launch.inner, "CT": launch.tile_channels, "VECTOR": launch.vector,
         "num_warps": launch.num_warps, "maxnreg": launch.max_registers,
     }  # fmt: skip
-    sums = {"GROUP": launch.group, "GROUP_ROWS": launch.group_rows, "MERGE_ROWS": launch.merge_rows(acc.itemsize)}
-    if direction == "forward":
-        sums |= {"CUMULATIVE": cumulative, "ALONE": launch.alone}
+    sums: dict[str, Any] = {} if is_backward else {"CUMULATIVE": cumulative}
+    if not launch.resident:
+        merge_rows = launch.merge_rows(acc.itemsize)
+        sums |= {"GROUP": launch.group, "GROUP_ROWS": launch.group_rows, "MERGE_ROWS": merge_rows}
+        if not is_backward:
+            sums["ALONE"] = launch.alone
     values = shape.outer * (1 if shape.channels_last else shape.inner)
     rows = kernels.COEFFICIENT_ROWS + kernels.PARTIAL_ROWS * (launch.splits + bundles)
     return Plan(
         launch, acc, (*geometry, *(stride // launch.vector for stride in strides)), Constants(**tile, **sums),
         Constants(**tile), float(values), rows * launch.padded_channels,
-        1 if direction == "forward" and launch.alone else launch.channel_tiles * (bundles + (bundles > 1)),
+        1 if not is_backward and launch.alone else launch.channel_tiles * (bundles + (bundles > 1)),
     )  # fmt: skip
 
 
