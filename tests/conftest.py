@@ -138,7 +138,7 @@ def launches(request, tiny_tiles, monkeypatch):
     from brn_kernels.backends.triton import config
 
     if request.param == "resident":
-        whole = config.Residence(2**14, 64, 16, most_warps=8, programs=1)
+        whole = config.Residence(2**20, 64, 16, most_warps=8, programs=1)
         monkeypatch.setattr(config, "RESIDENCE", dict.fromkeys(config.RESIDENCE, whole))
     if request.param == "one launch":
         monkeypatch.setattr(config, "ITEMS_WITHOUT_SPLIT", 10**9)

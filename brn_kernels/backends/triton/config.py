@@ -234,7 +234,7 @@ def _resident(
     """A tile for all values of a channel, or of a few in channels_last, if registers can hold it."""
     access = max(1, ACCESS_BYTES // itemsize)
     vector = _common_vector(access, (layout.inner, *strides))
-    kind = "channels_last" if layout.channels_last else "contiguous" if vector == access else "narrow"
+    kind = "narrow" if vector < access else "channels_last" if layout.channels_last else "contiguous"
     residence = RESIDENCE[direction, kind]
     most = residence.values // (2 if many_registers else 1) // (4 if itemsize == 8 else 1)
     outer = _power_of_2(layout.outer)
