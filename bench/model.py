@@ -160,7 +160,7 @@ def kernel(
         for walk in steps:
             moved = _from_memory(walk, programs, launched, pass_bytes, slots, known)
             share = tile_bytes * moved * count / (gpu.copy * (k.reading if walk.written == 0 else k.mixing))
-            seconds += rounds * numbers["items_per_split"] * max(k.item, share)
+            seconds += rounds * math.ceil(numbers["items"] / launched.grid[1]) * max(k.item, share)
     for walk in steps:
         moved = _from_memory(walk, programs, launched, pass_bytes, slots, known)
         read += pass_bytes * (moved - walk.written)

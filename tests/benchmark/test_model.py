@@ -43,7 +43,10 @@ def test_bytes_are_those_of_the_documentation():
     bits = 1 / 16
     assert passes(ADDING, "forward") == [("stream", 2, 1 + bits), ("repair", 0, 0)]
     assert passes(ADDING, "backward") == [("reduce", 2 + bits, 0), ("apply", pytest.approx(2 + bits - kept), 2)]
-    assert [name for name, *_ in passes(SMALL, "forward") + passes(SMALL, "backward")] == ["stream", "alone"]
+    assert [name for name, *_ in passes(SMALL, "forward") + passes(SMALL, "backward")] == [
+        "resident_forward",
+        "resident_backward",
+    ]
 
 
 @pytest.mark.parametrize("direction, least", [("forward", 2), ("backward", 5)])

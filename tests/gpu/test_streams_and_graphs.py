@@ -181,7 +181,7 @@ def test_the_same_bits_in_100_runs_beside_other_work(shape, channels_last):
     expected, runs, beside = None, scaled(100, 2), 0
     for run in range(runs):
         with on(side):
-            for _ in range(3 + run % 7):  # of 3 ms each
+            for _ in range(scaled(10, 3) + run % 7):  # of 3 ms each
                 torch.mm(load, load, out=product)
         model = copy.deepcopy(start)
         y, dx = step(model, x, dy)
@@ -190,7 +190,7 @@ def test_the_same_bits_in_100_runs_beside_other_work(shape, channels_last):
         results = [y, dx, *(t.clone() for t in state_of(model))]
         expected = expected or results
         assert same(results, expected), run
-    assert beside >= 0.8 * runs, "the other work was over before the steps"
+    assert beside >= 0.5 * runs, "the other work was over before the steps"
 
 
 @pytest.mark.needs_gpu

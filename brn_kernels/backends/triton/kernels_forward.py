@@ -142,9 +142,7 @@ def stream_kernel(
     o_channels = tile * CT + tl.arange(0, CT)
     s1_total, s2_total = tl.sum(s1, 0), tl.sum(s2, 0)
     b_count = tl.zeros([COLUMNS], ACC) + count.to(ACC)
-    m2 = s2_total - s1_total * (s1_total / b_count)
-    m2 = tl.where(m2 < 0.0, 0.0, m2)  # by a rounding; NaN stays
-    m2 = tl.where(s2_total < float("inf"), m2, s2_total)  # inf - inf says nothing
+    m2 = about_mean(s1_total, s2_total, b_count)
     if COLUMNS == CT:
         mean = origin + s1_total / b_count
     else:
@@ -192,6 +190,14 @@ def stream_kernel(
                 auto_ptr, saved_ptr, workspace_ptr, channels, padded, r_max, d_max, hold, r_ramp, d_ramp, momentum,
                 eps, values, ACC, CUMULATIVE,
             )  # fmt: skip
+
+
+@triton.jit
+def about_mean(s1, s2, count):
+    """The sum of squares about the mean, from the sums and sums of squares about an origin."""
+    m2 = s2 - s1 * (s1 / count)
+    m2 = tl.where(m2 < 0.0, 0.0, m2)  # by a rounding; NaN stays
+    return tl.where(s2 < float("inf"), m2, s2)  # inf - inf says nothing
 
 
 @triton.jit
@@ -308,14 +314,14 @@ def merge(
         count = tl.abs(signed_count)
         delta = tl.where(m_partials, its_mean - origin[None, :] - mean, 0.0)
         share = count / tl.maximum(total + count, 1.0)
-        m2 += its_m2 + delta * delta * (total * share)
+        m2 += its_m2 + delta * (delta * (total * share))  # in this order 0 times a huge square is not NaN
         mean += delta * share
         total += count
         written += signed_count
     count_of_all = tl.sum(total, 0)
     mean_of_all = tl.sum(total * mean, 0) / count_of_all
     mean -= mean_of_all[None, :]
-    m2_of_all = tl.sum(m2 + total * mean * mean, 0)
+    m2_of_all = tl.sum(m2 + mean * (total * mean), 0)
     signed_count_of_all = tl.where(tl.sum(written, 0) == count_of_all, count_of_all, -count_of_all)
     return signed_count_of_all, origin + mean_of_all, m2_of_all
 
@@ -417,9 +423,11 @@ def resident_forward_kernel(
         b_residual = load_residual(
             residual_ptr, rows, columns, tile, m_exists, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST
         )  # fmt: skip
-    mean = in_channels(b_x, CHANNELS_LAST) / number(values, ACC)
-    b_centered = tl.where(m_exists, b_x - mean[None, :], 0.0)
-    m2 = in_channels(b_centered * b_centered, CHANNELS_LAST)
+    m_values = number(values, ACC)
+    origin = in_channels(b_x, CHANNELS_LAST) / m_values  # nearly the mean: by what rounding left, it is corrected
+    b_centered = tl.where(m_exists, b_x - origin[None, :], 0.0)
+    s1, s2 = in_channels(b_centered, CHANNELS_LAST), in_channels(b_centered * b_centered, CHANNELS_LAST)
+    mean, m2 = origin + s1 / m_values, about_mean(s1, s2, m_values)
     pivot, scale, shift, _ = finish(
         mean, m2, o_channels * 0, o_channels,
         running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, clipped_ptr, counter_ptr, step, limits_ptr,
