@@ -53,8 +53,9 @@ class Trial:
     def chosen(self) -> Iterator[None]:
         """Its settings in the place of the library's."""
         before, smaller = dict(config.SETTINGS), config._smaller
-        for rows_of_channels in (True, False):  # planes side by side have the first, though they are contiguous
-            config.SETTINGS[self.direction, rows_of_channels] = self.settings
+        for direction, kind in before:
+            if direction == self.direction:
+                config.SETTINGS[direction, kind] = self.settings
         config._smaller = lambda settings, _: settings  # just as they are, however many channels there are
         _forget()
         try:

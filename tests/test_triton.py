@@ -72,7 +72,7 @@ def test_launches_cover_everything_once(channels_last, outer, channels, position
         assert it.tile_channels * positions <= it.inner and it.vector * itemsize == 16 and positions * itemsize % 16
     else:
         assert it.tile_channels == 1 and it.chunks * it.inner >= positions
-    accesses = config.SETTINGS["forward", it.channels_last].accesses
+    accesses = config.SETTINGS["forward", "channels_last" if it.channels_last else "contiguous"].accesses
     values_a_thread = it.outer * it.inner / (32 * it.num_warps)
     assert values_a_thread <= 64 if it.resident else values_a_thread * itemsize <= 16 * accesses
     assert not it.resident or (it.splits == it.items == it.chunks == 1 and it.outer >= shape.outer)
@@ -337,7 +337,7 @@ def test_one_backend_runs_the_backward_of_the_others_forward(device, channels_la
 
 
 @LAYOUTS
-def test_64_bit_offsets(device, channels_last):
+def test_64_bit_offsets(nothing_resident, device, channels_last):
     """Rows more than 2^31 elements apart, in memory that is reserved but hardly touched."""
     far = 2**31 + 32
 

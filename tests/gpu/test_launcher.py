@@ -60,4 +60,4 @@ def test_profilers_hear_of_each_launch():
         kernels.forward(**arguments)
     finally:
         hook.remove(hear)
-    assert heard[0] == "resident_forward_kernel"
+    assert heard[0] == "stream_kernel"

@@ -41,12 +41,14 @@ class Settings:
         return min(255, bound // 8 * 8)
 
 
-# By direction and whether the layout is channels_last
+# By direction and layout; "side by side": contiguous planes that accesses of 16 bytes do not divide, several in a row
 SETTINGS = {
-    ("forward", True): Settings(warps=4, accesses=4, programs=3),
-    ("forward", False): Settings(warps=4, accesses=4, programs=4),
-    ("backward", True): Settings(warps=4, accesses=4, programs=3),
-    ("backward", False): Settings(warps=4, accesses=2, programs=5),
+    ("forward", "channels_last"): Settings(warps=4, accesses=4, programs=3),
+    ("forward", "contiguous"): Settings(warps=4, accesses=4, programs=4),
+    ("forward", "side by side"): Settings(warps=4, accesses=4, programs=3),
+    ("backward", "channels_last"): Settings(warps=4, accesses=4, programs=3),
+    ("backward", "contiguous"): Settings(warps=4, accesses=2, programs=5),
+    ("backward", "side by side"): Settings(warps=4, accesses=4, programs=4),
 }
 # Narrow accesses, float64, packing bits, half-precision planes side by side, the derivatives of smooth activations, and
 # both passes in one launch need more registers
@@ -174,12 +176,15 @@ def launch_for(
     plane = 1 if layout.channels_last else layout.inner
     side_by_side = 1
     if not (has_bits or layout.channels_last):
-        a_row = 32 * SETTINGS[direction, True].warps * access  # one access a thread: few coefficients in registers
+        a_row = (
+            32 * SETTINGS[direction, "side by side"].warps * access
+        )  # one access a thread: few coefficients in registers
         side_by_side = _side_by_side(layout, access, strides, a_row)
-    if side_by_side > 1:
+    kind = "channels_last" if layout.channels_last else "side by side" if side_by_side > 1 else "contiguous"
+    if kind == "side by side":
         layout = Layout(True, layout.outer, layout.channels, layout.channels * plane)
         strides = strides[::2]
-    settings = SETTINGS[direction, layout.channels_last]
+    settings = SETTINGS[direction, kind]
     vector = _common_vector(access, (layout.inner, *strides))
     if direction == "forward" and not layout.channels_last and layout.channels > multiprocessors * settings.programs:
         settings = _smaller(settings, layout.channels / multiprocessors)
@@ -199,7 +204,7 @@ def launch_for(
     outer = min(elements // inner, _power_of_2(layout.outer))
     items = -(-layout.outer // outer) * chunks
     items_per_split, splits = _split(items, channel_tiles, multiprocessors * settings.programs)
-    if splits == 1:
+    if splits == 1 and (direction, kind) != ("backward", "side by side"):  # there it has room for both passes
         settings = _of_many_registers(settings)
     group_rows = layout.channels_last or vector < access
     return Launch(
