@@ -155,6 +155,7 @@ def launch_for(
     many_registers: bool = False,
     has_bits: bool = False,
     may_be_resident: bool = True,
+    smooth: bool = False,
 ) -> Launch:
     """The settings for one pass over tensors of this layout.
 
@@ -167,6 +168,7 @@ def launch_for(
         many_registers: the kernel packs bits, or computes a smooth activation's derivative.
         has_bits: it writes or reads packed bits, which begin anew with each channel.
         may_be_resident: it gathers statistics; one that only writes has nothing to hold.
+        smooth: it computes a smooth activation, with an exponential or a product more.
     """
     if may_be_resident:
         resident = _resident(direction, layout, itemsize, strides, multiprocessors, many_registers or has_bits)
@@ -185,6 +187,8 @@ def launch_for(
         layout = Layout(True, layout.outer, layout.channels, layout.channels * plane)
         strides = strides[::2]
     settings = SETTINGS[direction, kind]
+    if smooth and (direction, kind) == ("forward", "contiguous"):  # spills on sm_100 otherwise
+        settings = dataclasses.replace(settings, programs=settings.programs - 1)
     vector = _common_vector(access, (layout.inner, *strides))
     if direction == "forward" and not layout.channels_last and layout.channels > multiprocessors * settings.programs:
         settings = _smaller(settings, layout.channels / multiprocessors)

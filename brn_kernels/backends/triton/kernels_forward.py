@@ -110,10 +110,10 @@ def stream_kernel(
     s2 = tl.zeros([ROWS, COLUMNS], ACC)
     count = tl.full([], 0, tl.int64)
     m_all = tl.full([1, 1], 1, tl.int1)
-    end = first + its_items * apart
-    for item in range(first, end, apart):
+    for done in range(0, its_items):
+        item = first + done * apart
         b_x = b_next.to(ACC)
-        following = tl.where(item + apart < end, item + apart, items)  # none after the last
+        following = tl.where(done + 1 < its_items, item + apart, items)  # none after the last
         b_next = load_item(  # travels while this one is worked on
             x_ptr, following, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR,
             CHANNELS_LAST, OUTER, INNER, CT,

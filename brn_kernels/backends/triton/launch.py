@@ -204,10 +204,11 @@ def _plan(
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     is_backward = direction == "backward"
     kernels: ModuleType = kernels_backward if is_backward else kernels_forward
-    many_registers = activation in ("silu", "hardswish") if is_backward else has_bits
+    smooth = activation in ("silu", "hardswish")
+    many_registers = smooth if is_backward else has_bits
     launch = config.launch_for(
         "backward" if is_backward else "forward", shape, dtype.itemsize, strides, config.multiprocessors_of(device),
-        many_registers, has_bits, direction != "apply",
+        many_registers, has_bits, direction != "apply", smooth,
     )  # fmt: skip
     bundle = launch.bundle(acc.itemsize)
     bundles = -(-launch.splits // bundle)
