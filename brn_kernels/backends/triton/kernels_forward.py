@@ -378,6 +378,7 @@ def finish(
         new_var = (running_var + factor * (unbiased_var - running_var)).to(running_var_ptr.dtype.element_ty)
         m_tells = m_channels & (o_channels * 0 + m_values >= 2.0)  # one value says nothing about a variance
         m_finite = m_tells & finite
+        tl.debug_barrier()  # every warp has read the statistics and limits that are overwritten now
         if auto_ptr is not None:
             observe(auto_ptr, channels, o_channels, m_tells, batch_mean, batch_var, running_var, eps, ACC)
         tl.store(running_mean_ptr + o_channels, new_mean, mask=m_finite & is_finite(new_mean.to(ACC)))
