@@ -52,18 +52,18 @@ class Trial:
     @contextlib.contextmanager
     def chosen(self) -> Iterator[None]:
         """Its settings in the place of the library's."""
-        before, smaller, residence = dict(config.SETTINGS), config._smaller, config.RESIDENCE
+        before, smaller, resident = dict(config.SETTINGS), config._smaller, config._resident
         for direction, kind in before:
             if direction == self.direction:
                 config.SETTINGS[direction, kind] = self.settings
-        config.RESIDENCE = dict.fromkeys(residence, config.Residence(0, 1, 1, 1, 1))  # the settings are of the others
+        config._resident = lambda *_: None  # the settings are of what is not held
         config._smaller = lambda settings, _: settings  # just as they are, however many channels there are
         _forget()
         try:
             yield
         finally:
             config.SETTINGS.update(before)
-            config._smaller, config.RESIDENCE = smaller, residence
+            config._smaller, config._resident = smaller, resident
             _forget()
 
     def call(self) -> Callable[[], Any]:

@@ -126,19 +126,21 @@ def nothing_resident(monkeypatch):
     """The Triton kernels hold nothing in registers from one pass to the next, however small it is."""
     from brn_kernels.backends.triton import config
 
-    monkeypatch.setattr(config, "RESIDENCE", dict.fromkeys(config.RESIDENCE, config.Residence(0, 1, 1, 1, 1)))
+    chosen = config._resident
+    monkeypatch.setattr(config, "_resident", lambda *_: None)
     _forget_launches()
-    yield
+    yield chosen
     _forget_launches()
 
 
 @pytest.fixture(params=["two launches", "one launch", "resident"])
-def launches(request, tiny_tiles, monkeypatch):
+def launches(request, tiny_tiles, nothing_resident, monkeypatch):
     """With tiny tiles, whole channels in several programs, in one, or in one that holds them in registers."""
     from brn_kernels.backends.triton import config
 
     if request.param == "resident":
         whole = config.Residence(2**20, 64, 16, most_warps=8, programs=1)
+        monkeypatch.setattr(config, "_resident", nothing_resident)
         monkeypatch.setattr(config, "RESIDENCE", dict.fromkeys(config.RESIDENCE, whole))
     if request.param == "one launch":
         monkeypatch.setattr(config, "ITEMS_WITHOUT_SPLIT", 10**9)

@@ -17,7 +17,7 @@ class Emulation:
 
     def __init__(self, path):
         torch.ops.load_library(path)
-        self.library = ctypes.CDLL(str(path))
+        self.loaded = ctypes.CDLL(str(path))
 
     @property
     def operators(self):
@@ -25,21 +25,21 @@ class Emulation:
 
     def set_multiprocessors(self, count):
         """Of the GPU that is played: into how many blocks a call is cut."""
-        self.library.emulation_set_multiprocessors(count)
+        self.loaded.emulation_set_multiprocessors(count)
 
     def last_error(self):
         """What the next ``cudaGetLastError`` would return."""
-        return self.library.emulation_last_error()
+        return self.loaded.emulation_last_error()
 
     @contextlib.contextmanager
     def before(self, hook):
         """``hook(call)`` before each call of the runtime and each block: what it returns, if anything, is the error."""
         called = HOOK(lambda call: hook(call.decode()) or 0)
-        self.library.emulation_set_hook(called)
+        self.loaded.emulation_set_hook(called)
         try:
             yield
         finally:
-            self.library.emulation_set_hook(None)
+            self.loaded.emulation_set_hook(None)
 
 
 @functools.cache

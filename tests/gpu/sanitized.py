@@ -76,7 +76,7 @@ def choose(way):
 
     if way == "resident":  # as they are chosen
         return
-    config.RESIDENCE.update(dict.fromkeys(config.RESIDENCE, config.Residence(0, 1, 1, 1, 1)))
+    config._resident = lambda *_: None
     if way == "in large tiles":
         return
     config.SETTINGS.update(dict.fromkeys(config.SETTINGS, config.Settings(4, 1, 2)))  # what warps share is sanitized

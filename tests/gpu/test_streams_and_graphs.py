@@ -192,7 +192,7 @@ def test_the_same_bits_in_100_runs_beside_other_work(shape, channels_last):
         results = [y, dx, *(t.clone() for t in state_of(model))]
         expected = expected or results
         assert same(results, expected), run
-    assert beside >= 0.5 * runs, "the other work was over before the steps"
+    assert beside >= 0.8 * runs, "the other work was over before the steps"
 
 
 @pytest.mark.needs_gpu

@@ -173,7 +173,7 @@ def test_resnet18_learns_alike_in_all_modes(kernels, norm):
     # the same kernels in the same order: only what cuDNN and cuBLAS choose in a capture may differ, by roundings
     assert torch.allclose(found["captured"][:few], eager[:few], rtol=5e-3), found["captured"][:few] - eager[:few]
     # compiled, bfloat16 is rounded at other places, and each step doubles the difference
-    assert torch.allclose(found["compiled"][:3], eager[:3], rtol=0.03), found["compiled"][:3] - eager[:3]
+    assert torch.allclose(found["compiled"][:3], eager[:3], rtol=0.02), found["compiled"][:3] - eager[:3]
     for mode, losses in found.items():
         assert losses.isfinite().all(), mode
         assert not IS_GPU or losses[-50:].mean() < 0.5 * losses[:5].mean(), mode

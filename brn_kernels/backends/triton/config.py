@@ -1,7 +1,7 @@
 """Launch settings: how a tensor is cut into tiles and programs. A short table with reasons, no tuning at run time.
 
 Words used here and in the kernels: a *tile* is what one program holds in registers, ``outer`` x ``inner`` elements; an
-*item* is one tile's worth of work; a *split* is the run of items that one program goes through; a *channel tile* is the
+*item* is one tile's worth of work; a *split* is the items that one program goes through; a *channel tile* is the
 set of channels that share a program: ``inner`` channels in channels_last; in the contiguous layout one, or a few whose
 planes lie side by side in a row, so that it divides into accesses of 16 bytes where a plane does not (7 x 7).
 """
@@ -51,7 +51,7 @@ SETTINGS = {
     ("backward", "side by side"): Settings(warps=4, accesses=4, programs=4),
 }
 # Narrow accesses, float64, packing bits, half-precision planes side by side, the derivatives of smooth activations, and
-# both passes in one launch need more registers
+# both passes in one launch (but for float32 planes side by side, backward) need more registers
 WARPS_OF_MANY_REGISTERS = 8  # of all programs on a multiprocessor
 
 
@@ -77,7 +77,7 @@ RESIDENCE = {
     ("backward", "narrow"): Residence(2**12, 4, 4, most_warps=16, programs=2),
 }
 SECTOR_BYTES = 32  # what memory is read by
-MAX_NARROW_OFFSET = 2**31  # theirs are counted in 32 bits: fewer registers
+MAX_RESIDENT_OFFSET = 2**31  # of what is held: counted in 32 bits, which take fewer registers
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
 MIN_INNER = 8  # a byte of packed bits
@@ -86,7 +86,9 @@ MAX_DEAD_LANES = 0.125  # of a contiguous tile, beyond the end of a plane
 MERGED_BYTES = 4096  # of partial results that a program reads at a time: each time costs a trip to L2, some 0.65 us
 DIRECT_TRIPS = 3  # by which one program merges all; for more, several do that side by side, and then one their results
 
-MAX_COLUMNS = 2**28  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64)
+MAX_COLUMNS = (
+    2**28
+)  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64, but for what is held)
 MAX_WAVES = 8  # of programs
 ITEMS_WITHOUT_SPLIT = 4  # so few take about as long as another launch
 SECOND_LAUNCH = 2  # its cost and that of merging, in items of a full wave
@@ -97,22 +99,26 @@ class Launch:
     """How one tensor is worked through. ``grid`` is (channel tiles, splits)."""
 
     channels_last: bool  # or planes side by side: rows of columns that each belong to one channel
-    resident: bool  # a program reads all values of its channels once, and holds them in registers
     tile_channels: int  # of a channel tile
     plane: int  # columns of a channel
     row: int  # columns of a row in memory
     outer: int  # of a tile, a power of 2
     inner: int  # of a tile, a power of 2
     vector: int  # elements that every row start and row length is a multiple of; at most 16 bytes
-    group: int  # elements of a tile that one thread holds and reduces alone ...
-    group_rows: bool  # ... in one column, outer / group rows apart; otherwise side by side
     channel_tiles: int
-    chunks: int  # tiles side by side in a row (contiguous layout)
-    items: int  # of a channel tile
-    items_per_split: int
-    splits: int
     max_registers: int
     num_warps: int
+    resident: bool = False  # a program reads all values of its channels once, and holds them in registers
+    chunks: int = 1  # tiles side by side in a row (contiguous layout)
+    items: int = 1  # of a channel tile
+    splits: int = 1
+    group: int = 1  # elements of a tile that one thread holds and reduces alone ...
+    group_rows: bool = True  # ... in one column, outer / group rows apart; otherwise side by side
+
+    @property
+    def items_per_split(self) -> int:
+        """The most: the kernels count so too (``items_of``)."""
+        return -(-self.items // self.splits)
 
     @property
     def alone(self) -> bool:
@@ -152,10 +158,9 @@ def launch_for(
     itemsize: int,
     strides: tuple[int, ...],
     multiprocessors: int,
-    many_registers: bool = False,
     has_bits: bool = False,
-    may_be_resident: bool = True,
     smooth: bool = False,
+    may_be_resident: bool = True,
 ) -> Launch:
     """The settings for one pass over tensors of this layout.
 
@@ -165,11 +170,11 @@ def launch_for(
         itemsize: bytes of an element.
         strides: (outer, channel) of each tensor in turn, in elements.
         multiprocessors: of the GPU it runs on.
-        many_registers: the kernel packs bits, or computes a smooth activation's derivative.
         has_bits: it writes or reads packed bits, which begin anew with each channel.
+        smooth: it computes a smooth activation, or its derivative.
         may_be_resident: it gathers statistics; one that only writes has nothing to hold.
-        smooth: it computes a smooth activation, with an exponential or a product more.
     """
+    many_registers = has_bits if direction == "forward" else smooth
     if may_be_resident:
         resident = _resident(direction, layout, itemsize, strides, multiprocessors, many_registers or has_bits)
         if resident is not None:
@@ -178,9 +183,8 @@ def launch_for(
     plane = 1 if layout.channels_last else layout.inner
     side_by_side = 1
     if not (has_bits or layout.channels_last):
-        a_row = (
-            32 * SETTINGS[direction, "side by side"].warps * access
-        )  # one access a thread: few coefficients in registers
+        # one access a thread: few coefficients in registers
+        a_row = 32 * SETTINGS[direction, "side by side"].warps * access
         side_by_side = _side_by_side(layout, access, strides, a_row)
     kind = "channels_last" if layout.channels_last else "side by side" if side_by_side > 1 else "contiguous"
     if kind == "side by side":
@@ -207,13 +211,12 @@ def launch_for(
     channel_tiles = -(-layout.channels // tile_channels)
     outer = min(elements // inner, _power_of_2(layout.outer))
     items = -(-layout.outer // outer) * chunks
-    items_per_split, splits = _split(items, channel_tiles, multiprocessors * settings.programs)
+    splits = _split(items, channel_tiles, multiprocessors * settings.programs)
     if splits == 1 and (direction, kind) != ("backward", "side by side"):  # there it has room for both passes
         settings = _of_many_registers(settings)
     group_rows = layout.channels_last or vector < access
     return Launch(
         channels_last=layout.channels_last,
-        resident=False,
         tile_channels=tile_channels,
         plane=plane,
         row=layout.inner,
@@ -225,7 +228,6 @@ def launch_for(
         channel_tiles=channel_tiles,
         chunks=chunks,
         items=items,
-        items_per_split=items_per_split,
         splits=splits,
         max_registers=settings.registers,
         num_warps=settings.warps,
@@ -257,7 +259,8 @@ def _resident(
         inner = max(_power_of_2(layout.inner), MIN_INNER)
     values = outer * inner
     last = outer * max(strides[::2]) + layout.channels * max(strides[1::2], default=0)
-    if values > most or last >= MAX_NARROW_OFFSET:
+    last_bits = outer * (1 if layout.channels_last else layout.channels) * -(-layout.inner // 8)
+    if values > most or max(last, last_bits) >= MAX_RESIDENT_OFFSET:
         return None
     tile_channels = inner if layout.channels_last else 1
     channel_tiles = -(-layout.channels // tile_channels)
@@ -273,13 +276,7 @@ def _resident(
         outer=outer,
         inner=inner,
         vector=vector,
-        group=1,
-        group_rows=True,
         channel_tiles=channel_tiles,
-        chunks=1,
-        items=1,
-        items_per_split=1,
-        splits=1,
         max_registers=Settings(warps, 1, 1 if many_registers or itemsize == 8 else residence.programs).registers,
         num_warps=warps,
     )
@@ -310,22 +307,22 @@ def _side_by_side(layout: Layout, access: int, strides: tuple[int, ...], most_co
     return channels if fits and rows_in_32_bits and dense and aligned else 1
 
 
-def _split(items: int, tiles_at_once: int, programs: int) -> tuple[int, int]:
-    """Items of a split, and splits of a channel tile, such that the last wave of programs ends soonest.
+def _split(items: int, tiles_at_once: int, programs: int) -> int:
+    """Splits of a channel tile, such that the last wave of programs ends soonest.
 
     Each wave is ``programs`` programs; a program costs one item more than it has, since it starts with nothing in
     flight. Of equal costs the fewest splits.
     """
     if items <= ITEMS_WITHOUT_SPLIT:
-        return items, 1
-    best = (math.inf, 0, 0)
+        return 1
+    best = (math.inf, 0)
     for waves in range(1, MAX_WAVES + 1):
         wanted = max(1, min(waves * programs // tiles_at_once, items))
         items_per_split = -(-items // wanted)
         splits = -(-items // items_per_split)
         cost = -(-splits * tiles_at_once // programs) * (items_per_split + 1) + (SECOND_LAUNCH if splits > 1 else 0)
-        best = min(best, (cost, splits, items_per_split))
-    return best[2], best[1]
+        best = min(best, (cost, splits))
+    return best[1]
 
 
 def _inner_of_plane(positions: int, elements: int) -> int:

@@ -1,5 +1,7 @@
 """The backward: ``reduce_kernel`` then ``apply_kernel``, or both at once where there is one split: ``alone_kernel``.
 
+Where registers can hold x and dy of a channel, ``resident_backward_kernel`` reads them once.
+
 With dy' the gradient behind the activation and x_bn = (x - batch_mean) * inv_std::
 
     S1 = sum(dy')    S2 = sum(dy' * x_bn)    dbeta = S1    dgamma = r * S2 + d * S1

@@ -42,7 +42,7 @@ def number(value, ACC: tl.constexpr):
 
 @triton.jit
 def channels_of(columns, tile, plane, CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr):
-    """The channels of a tile's columns 0 to INNER - 1, in any shape, or of its only channel; some beyond the last."""
+    """The channels of a tile's columns 0 to INNER - 1, or of its only channel; some beyond the last."""
     if not CHANNELS_LAST:
         return tile + columns * 0
     elif CT == INNER:
@@ -108,7 +108,7 @@ def locate_resident(
     tile, outer_size, inner_v, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
-    """``locate`` of the one item of a channel tile, with rows in 32 bits: fewer registers. The host sees to it."""
+    """``locate`` of the one item of a channel tile, with rows in 32 bits (MAX_RESIDENT_OFFSET)."""
     rows, columns = tl.arange(0, OUTER)[:, None], tl.arange(0, INNER)[None, :]
     if CHANNELS_LAST:
         columns += tile * INNER

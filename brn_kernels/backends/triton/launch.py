@@ -69,16 +69,19 @@ def forward(
 
     saved = torch.empty(4, shape.channels, dtype=plan.acc, device=x.device)
     bits = torch.empty(layout.bits_shape(x), dtype=torch.uint8, device=x.device) if kept else reference.empty_bits(x)
-    workspace = torch.empty(plan.workspace, dtype=plan.acc, device=x.device)
+    workspace = None
+    if coefficients is not None or not launch.alone:
+        workspace = torch.empty(plan.workspace, dtype=plan.acc, device=x.device)
     r_max, d_max, hold, r_ramp, d_ramp = schedule
     weight, bias, limits = dense(weight), dense(bias), dense(limits)
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
     dense_state, bits_or_none = dense(auto_state), bits if kept else None
     integers = (*plan.integers, int(hold), int(r_ramp), int(d_ramp))
     floats = (r_max, d_max, 0.0 if momentum is None else momentum, eps, plan.values)
+    resident, stream = kernels_forward.resident_forward_kernel, kernels_forward.stream_kernel
     with _on_device(x):
         launcher.launch(
-            kernels_forward.resident_forward_kernel if launch.resident else kernels_forward.stream_kernel, launch.grid,
+            resident if launch.resident else stream, launch.grid,
             (source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
              _as_bytes(dense_clipped), num_batches_tracked, limits, dense_state, saved, workspace,
              tickets(x.device, plan.tickets)),
@@ -94,7 +97,7 @@ def forward(
     copy_back(
         ((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped), (dense_state, auto_state))
     )
-    if coefficients is not None:
+    if coefficients is not None and workspace is not None:
         coefficients.copy_(_coefficients(workspace, launch)[:3, : shape.channels])
     return y, saved, bits
 
@@ -152,12 +155,11 @@ def backward(
     dbias = torch.empty(shape.channels, dtype=acc, device=x.device)
     tensors = (upstream.tensor, source.tensor, bits if kept else None, weight, bias, saved)
     targets = (to_x.tensor, to_residual.tensor)
+    resident, alone = kernels_backward.resident_backward_kernel, kernels_backward.alone_kernel
     with _on_device(x):
         if launch.resident or (launch.alone and (needs_dx or needs_dresidual)):
-            k = kernels_backward
             launcher.launch(
-                k.resident_backward_kernel if launch.resident else k.alone_kernel, launch.grid,
-                (*tensors, dweight, dbias, *targets),
+                resident if launch.resident else alone, launch.grid, (*tensors, dweight, dbias, *targets),
                 plan.integers, (plan.values,), plan.summing, x.device,
             )  # fmt: skip
         else:
@@ -201,14 +203,13 @@ def _plan(
     has_bits: bool,
     cumulative: bool = False,
 ) -> Plan:
+    """Of a "forward", a "backward", or an "apply": a forward that only writes."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     is_backward = direction == "backward"
     kernels: ModuleType = kernels_backward if is_backward else kernels_forward
-    smooth = activation in ("silu", "hardswish")
-    many_registers = smooth if is_backward else has_bits
     launch = config.launch_for(
         "backward" if is_backward else "forward", shape, dtype.itemsize, strides, config.multiprocessors_of(device),
-        many_registers, has_bits, direction != "apply", smooth,
+        has_bits, activation in ("silu", "hardswish"), direction != "apply",
     )  # fmt: skip
     bundle = launch.bundle(acc.itemsize)
     bundles = -(-launch.splits // bundle)

@@ -1,0 +1,108 @@
+"""How launches are chosen: tiles, splits, bundles, and what registers hold."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brn_kernels.backends import layout
+
+pytest.importorskip("triton")
+from brn_kernels.backends.triton import config  # noqa: E402
+
+
+def test_the_tiny_tiles_are_several(tiny_tiles):
+    rows = config.launch_for("forward", layout.Layout(True, 600, 19, 19), 8, (19,), 7)
+    assert rows.channel_tiles > 1 and rows.splits > 2 and rows.items_per_split > 2
+    planes = config.launch_for("forward", layout.Layout(False, 90, 3, 41), 8, (123, 41), 7)
+    assert planes.chunks > 1 and planes.splits > 1 and planes.items_per_split > planes.chunks
+
+
+@given(
+    channels_last=st.booleans(), outer=st.integers(1, 10**6), channels=st.integers(1, 3000),
+    positions=st.integers(1, 20000), itemsize=st.sampled_from([2, 4, 8]), multiprocessors=st.integers(1, 200),
+    has_bits=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_launches_cover_everything_once(channels_last, outer, channels, positions, itemsize, multiprocessors, has_bits):
+    shape = layout.Layout(channels_last, outer, channels, channels if channels_last else positions)
+    strides = (channels,) if channels_last else (channels * positions, positions)
+    it = config.launch_for("forward", shape, itemsize, strides, multiprocessors, has_bits=has_bits)
+    assert it.outer & (it.outer - 1) == 0 and it.inner & (it.inner - 1) == 0 and it.inner >= 8
+    assert it.items == -(-shape.outer // it.outer) * it.chunks
+    assert (it.splits - 1) * it.items_per_split < it.items <= it.splits * it.items_per_split
+    assert all(
+        number % it.vector == 0 for number in ((it.row, strides[0]) if it.channels_last else (positions, *strides))
+    )
+    assert it.outer * it.inner % it.group == 0 and (it.outer if it.group_rows else it.inner) % it.group == 0
+    assert it.tile_channels * it.channel_tiles >= channels > it.tile_channels * (it.channel_tiles - 1)
+    if channels_last:
+        assert it.tile_channels == it.inner and it.chunks == it.plane == 1
+    elif it.channels_last:
+        assert not has_bits and channels % it.tile_channels == 0 and it.chunks == 1 and it.plane == positions
+        assert it.tile_channels * positions <= it.inner and it.vector * itemsize == 16 and positions * itemsize % 16
+    else:
+        assert it.tile_channels == 1 and it.chunks * it.inner >= positions
+    accesses = config.SETTINGS["forward", "channels_last" if it.channels_last else "contiguous"].accesses
+    values_a_thread = it.outer * it.inner / (32 * it.num_warps)
+    assert values_a_thread <= 64 if it.resident else values_a_thread * itemsize <= 16 * accesses
+    assert not it.resident or (it.splits == it.items == it.chunks == 1 and it.outer >= shape.outer)
+
+
+@pytest.mark.parametrize("channels_last", (True, False))
+def test_the_most_channels_are_counted_in_32_bits(channels_last):
+    """The workspace's rows are found in 32-bit arithmetic: 4 rows of coefficients, then 3 of partial results."""
+    channels = config.MAX_COLUMNS - 1
+    shape = layout.Layout(channels_last, 2, channels, channels if channels_last else 2)
+    strides = (channels, 0) if channels_last else (2 * channels, 2)
+    chosen = config.launch_for("forward", shape, 2, strides, 132)
+    assert 4 * chosen.padded_channels < 2**31 and 3 * chosen.splits * chosen.padded_channels < 2**31
+
+
+def test_many_splits_of_many_channels_are_bundled_and_few_are_not():
+    """One program that reads the results of 396 splits, 16 at a time, took a tenth of a forward's time."""
+    for outer, channels, bundled in ((256 * 112 * 112, 64, True), (256 * 56 * 56, 256, True), (256 * 49, 2048, False)):
+        it = config.launch_for("forward", layout.Layout(True, outer, channels, channels), 2, (channels,), 132)
+        assert (it.bundle(4) < it.splits) == bundled
+        trips = -(-it.bundle(4) // it.merge_rows(4)) + -(-it.splits // it.bundle(4)) // it.merge_rows(4)
+        assert trips <= config.DIRECT_TRIPS
+
+
+def test_one_launch_where_there_is_little_to_do_or_a_program_for_each_channel():
+    few = config.launch_for("forward", layout.Layout(True, 1000, 7, 7), 4, (7,), 132)
+    many = config.launch_for("forward", layout.Layout(False, 256, 2112, 196), 4, (196 * 2112, 196), 132)
+    large = config.launch_for("forward", layout.Layout(True, 10**6, 64, 64), 4, (64,), 132)
+    assert few.alone and many.alone and not large.alone
+    assert not any(it.resident for it in (few, many, large))
+
+
+def test_a_program_holds_what_registers_can_hold():
+    def chosen(direction, itemsize, *shape):
+        channels_last, outer, channels, positions = shape
+        strides = (channels,) if channels_last else (channels * positions, positions)
+        planned = layout.Layout(channels_last, outer, channels, channels if channels_last else positions)
+        return config.launch_for(direction, planned, itemsize, strides, 132)
+
+    for direction in ("forward", "backward"):
+        held = chosen(direction, 4, False, 8, 2048, 1024)
+        assert held.resident and held.alone and held.outer * held.inner == 8192
+        assert not chosen(direction, 4, False, 8, 2048, 4096).resident
+        assert not chosen(direction, 4, False, 256, 512, 49).resident  # narrow accesses: slower than two reads
+        assert chosen(direction, 4, False, 64, 512, 49).resident
+        assert chosen(direction, 2, True, 784, 512, None).inner == 16  # a sector's width, of many programs
+        assert chosen(direction, 4, True, 64, 64 * 132, None).inner == 64  # as wide as leaves enough of them
+        assert not chosen(direction, 2, True, 1100, 512, None).resident
+        assert not chosen(direction, 4, False, 4, 2**20, 1024).resident  # its offsets would not fit 32 bits
+        for channels, is_held in ((2**21, True), (2**22, False)):  # expanded, with packed bits that would not
+            expanded = layout.Layout(False, 4, channels, 1024)
+            assert config.launch_for(direction, expanded, 2, (0, 0), 132, has_bits=True).resident == is_held
+
+
+def test_more_channels_have_smaller_programs_so_that_all_begin_at_once():
+    for channels, warps in ((512, 4), (1024, 2), (2048, 1), (30_000, 1)):
+        shape = layout.Layout(False, 8, channels, 4096)
+        forward, backward = (
+            config.launch_for(direction, shape, 4, (4096 * channels, 4096), 132)
+            for direction in ("forward", "backward")
+        )
+        assert forward.alone and not forward.resident and (forward.num_warps, backward.num_warps) == (warps, 4)
+        assert channels > 2112 or channels * warps <= 132 * 16
