@@ -22,24 +22,8 @@ SHARED_OF_SYSTEM = 1024  # bytes a program
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """What the model knows of a GPU."""
-
-    architecture: int
-    multiprocessors: int
-    copy: float  # bytes/s, read and written, of a large copy
-    l2: float  # bytes
-
-
-GPUS = {
-    "h100": Gpu(90, 132, copy=3.02e12, l2=50e6),  # copy: bench/results/nvidia-h100-80gb-hbm3-quick-6ac4c85.csv
-    "h200": Gpu(90, 132, copy=4.3e12, l2=50e6),  # copy: not measured by this project
-}
-
-
-@dataclass(frozen=True)
 class Constants:
-    """Fitted to what was measured on an H100 (``docs/kernels.md`` says how well they fit). Seconds, unless said."""
+    """Fitted to what was measured on a GPU (``docs/kernels.md`` says how well they fit). Seconds, unless said."""
 
     launch: float  # of a call's first kernel, empty
     next_launch: float  # of one behind it
@@ -52,10 +36,29 @@ class Constants:
     kept: float  # share of L2 in which the last bytes read are found again
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What the model knows of a GPU."""
+
+    architecture: int
+    multiprocessors: int
+    copy: float  # bytes/s, read and written, of a large copy
+    l2: float  # bytes
+    constants: Constants
+
+
 H100 = Constants(
     launch=2.9e-6, next_launch=3.4e-6, program=1.1e-6, item=0.6e-6, finish=3.2e-6, trip=0.65e-6, reading=1.0,
     mixing=0.92, kept=0.27,
 )  # fmt: skip
+H200 = Constants(
+    launch=3.4e-6, next_launch=5.3e-6, program=0.5e-6, item=0.55e-6, finish=2.0e-6, trip=1.4e-6, reading=1.04,
+    mixing=0.91, kept=0.17,
+)  # fmt: skip
+GPUS = {  # copies: of the runs in bench/results that the constants were fitted to
+    "h100": Gpu(90, 132, copy=3.02e12, l2=50e6, constants=H100),  # nvidia-h100-80gb-hbm3-quick-6ac4c85.csv
+    "h200": Gpu(90, 132, copy=4.25e12, l2=50e6, constants=H200),  # nvidia-h200-quick-94ce2e3.csv
+}
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,6 @@ def kernel(
     state: str,
     gpu: Gpu,
     is_first: bool,
-    constants: Constants = H100,
 ) -> Kernel:
     """Predict a launch.
 
@@ -141,9 +143,8 @@ def kernel(
         state: "open" or "closed".
         gpu: where it runs.
         is_first: of its call.
-        constants: of the model.
     """
-    numbers, k = launched.numbers, constants
+    numbers, k = launched.numbers, gpu.constants
     programs, room = math.prod(launched.grid), resident(launched, compiled)
     slots = room * gpu.multiprocessors
     tile_bytes = pass_bytes / (launched.grid[0] * numbers["items"])  # without what lies beyond the tensor
@@ -192,7 +193,7 @@ def _from_memory(walk: Walk, programs: int, launched: Launched, pass_bytes: floa
     return walk.written + walk.read * (1 - min(1.0, known / before))
 
 
-def predict(case: Case, direction: str, gpu: Gpu, constants: Constants = H100) -> list[Kernel]:
+def predict(case: Case, direction: str, gpu: Gpu) -> list[Kernel]:
     """The kernels of a layer's forward or backward, in their order; "open" and "closed" limits.
 
     Raises:
@@ -209,9 +210,7 @@ def predict(case: Case, direction: str, gpu: Gpu, constants: Constants = H100) -
         if (launched.variant.kernel in FORWARD) == (direction == "forward")
     ]
     return [
-        kernel(
-            launched, _compiled(launched.variant, gpu.architecture), case.bytes, case.state, gpu, number == 0, constants
-        )
+        kernel(launched, _compiled(launched.variant, gpu.architecture), case.bytes, case.state, gpu, number == 0)
         for number, launched in enumerate(chosen)
     ]
 

@@ -72,8 +72,9 @@ def _forward(
     kernels = backends.resolve(backend, x.device.type)
     if (group := distributed.group_of(process_group)) is not None:
         return distributed.forward(kernels, group, *arguments, coefficients, auto_state)
-    more = {"coefficients": coefficients, "auto_state": auto_state}
-    return kernels.forward(*arguments, **{name: given for name, given in more.items() if given is not None})
+    if coefficients is not None:  # only for backends that have kernels
+        return kernels.forward(*arguments, coefficients=coefficients, auto_state=auto_state)
+    return kernels.forward(*arguments, auto_state=auto_state)
 
 
 @library.impl(_operators, "backward", "CompositeExplicitAutograd")

@@ -36,7 +36,7 @@ def passes(case, direction, state="open"):
 
 def test_bytes_are_those_of_the_documentation():
     assert passes(LARGE, "forward") == [("stream", 1, 1), ("repair", 0, 0)]
-    kept = model.H100.kept * H100.l2 / LARGE.bytes  # found in L2 again
+    kept = H100.constants.kept * H100.l2 / LARGE.bytes  # found in L2 again
     closed = passes(LARGE, "forward", "closed")
     assert closed == [("stream", 1, 0), ("repair", pytest.approx(1 - kept), 1)]
     assert passes(LARGE, "backward") == [("reduce", 2, 0), ("apply", pytest.approx(2 - kept), 1)]
