@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 UNFINISHED = 3
+MODELLED = ("h100", "h200")  # model.GPUS, which wants Triton
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--seconds", type=float, default=0.05, help="for each candidate (default: %(default)s)")
     settings.add_argument("--minutes", type=float, default=20.0, help="after which no further layer begins")
     settings.add_argument("--main", action="store_true", help="bfloat16 channels_last and float32 contiguous only")
+    settings.add_argument("--gpu", choices=MODELLED, help="predict for that one instead, by a model; needs no GPU")
     settings.set_defaults(run=_settings)
 
     profile = commands.add_parser("profile", help="bytes, bandwidth and waits of the kernels, by Nsight Compute")
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="how long the Triton kernels should take, by a model; needs no GPU")
     predict.add_argument("out", type=Path, metavar="CSV")
-    predict.add_argument("--gpu", choices=("h100", "h200"), default="h100", help="default: %(default)s")
+    predict.add_argument("--gpu", choices=MODELLED, default="h100", help="default: %(default)s")
     predict.add_argument("--measured", type=Path, metavar="RUN.csv", help="a run to put beside it")
     predict.set_defaults(run=_predict)
 
@@ -164,10 +166,14 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> int:
-    _need_gpu()
-    from .settings import run
+    if not arguments.gpu:
+        _need_gpu()
+    from .settings import run, run_model
 
-    print(run(arguments.out, arguments.seconds, arguments.minutes, arguments.main))
+    if arguments.gpu:
+        print(run_model(arguments.out, arguments.gpu, arguments.main))
+    else:
+        print(run(arguments.out, arguments.seconds, arguments.minutes, arguments.main))
     return 0
 
 

@@ -76,6 +76,7 @@ class Kernel:
 
     name: str
     registers: int
+    spills: int  # instructions that touch local memory
     shared: int  # bytes
     programs: int
     resident: int  # programs on a multiprocessor at once
@@ -146,6 +147,7 @@ def kernel(
     """
     numbers, k = launched.numbers, gpu.constants
     programs, room = math.prod(launched.grid), resident(launched, compiled)
+    needs = compiled.registers, compiled.spills, compiled.shared
     slots = room * gpu.multiprocessors
     tile_bytes = pass_bytes / (launched.grid[0] * numbers["items"])  # without what lies beyond the tensor
     steps = walks(launched, state)
@@ -153,7 +155,7 @@ def kernel(
     seconds = k.launch if is_first else k.next_launch
     read = written = 0.0
     if not steps:
-        return Kernel(launched.variant.kernel, compiled.registers, compiled.shared, programs, room, 0, 0, 0, seconds)
+        return Kernel(launched.variant.kernel, *needs, programs, room, 0, 0, 0, seconds)
     finish = k.finish if launched.variant.kernel in FORWARD else 0.0
     by_itself = numbers.get("ALONE") or launched.variant.kernel == "resident_forward_kernel"
     for count, rounds in _rounds(programs, slots):
@@ -170,7 +172,7 @@ def kernel(
     at_once = 1.0 if launched.variant.kernel == "stream_kernel" else steps[0].read  # the former asks for x ahead
     tile = numbers["OUTER"] * numbers["INNER"] * numbers["itemsize"]
     return Kernel(
-        launched.variant.kernel, compiled.registers, compiled.shared, programs, room,
+        launched.variant.kernel, *needs, programs, room,
         round(at_once * tile * min(room, math.ceil(programs / gpu.multiprocessors))), read, written, seconds,
     )  # fmt: skip
 

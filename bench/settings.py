@@ -1,6 +1,7 @@
 """Which launch settings of the Triton kernels are fastest on the GPU at hand: what ``config.SETTINGS`` comes from.
 
-Every candidate runs on a few layers of each kind, captured in a CUDA graph, in turns with the others and a copy.
+Every candidate runs on a few layers of each kind, captured in a CUDA graph, in turns with the others and a copy. Where
+that GPU is not at hand, the model (``model.py``) says how long each should take.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from brn_kernels.backends import triton as kernels
 from brn_kernels.backends.triton import config, launch
 from brn_kernels.backends.triton.config import Settings
 
-from .cases import DTYPES
+from .cases import DTYPES, Case, Layer
+from .model import GPUS, predict
 from .record import machine
 from .timing import captured, time_together
 
@@ -37,6 +39,11 @@ CANDIDATES = (
 SHAPES = ((256, 64, 112, 112), (256, 256, 56, 56), (256, 512, 28, 28), (256, 1024, 14, 14), (256, 2048, 7, 7))
 KINDS = (("channels_last", "bfloat16"), ("contiguous", "float32"))
 OTHER_KINDS = (("channels_last", "float32"), ("contiguous", "bfloat16"))
+PASSES = {"forward": 2, "backward": 5}
+OF_TRIAL = ("direction", "layout", "dtype", "shape", "warps", "accesses", "programs")
+MEASURED = ("p50_us", "percent_of_copy")
+PREDICTED = ("predicted_us", "predicted_percent_of_copy", "spills")
+ABOUT_MODEL = ("gpu", "triton", "commit", "dirty", "date")
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,11 @@ class Trial:
             x, None, None, weight, bias, *statistics, counter, clipped, None, schedule, 0.01, 1e-5, "relu"
         )
 
+    def label(self) -> list[Any]:
+        """The columns ``OF_TRIAL``."""
+        chosen, shape = self.settings, "x".join(map(str, self.shape))
+        return [self.direction, self.layout, self.dtype, shape, chosen.warps, chosen.accesses, chosen.programs]
+
 
 def _forget() -> None:
     for remembering in (config.launch_for, launch._plan):
@@ -113,10 +125,7 @@ def run(out: Path, seconds: float, minutes: float, quick: bool) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([
-            "direction", "layout", "dtype", "shape", "warps", "accesses", "programs", "p50_us",
-            "percent_of_copy", *about,
-        ])  # fmt: skip
+        writer.writerow([*OF_TRIAL, *MEASURED, *about])
         for group in tqdm(groups, unit="layer"):
             if time.monotonic() > limit:
                 print("the time limit was reached")
@@ -125,6 +134,36 @@ def run(out: Path, seconds: float, minutes: float, quick: bool) -> Path:
             file.flush()
             torch.cuda.empty_cache()
     return out
+
+
+def run_model(out: Path, gpu: str, quick: bool) -> Path:
+    """Predict all candidates; what a run on that GPU will measure is left empty.
+
+    Args:
+        out: the CSV; ``spills``: instructions that touch local memory, which the model knows nothing of.
+        gpu: one of ``model.GPUS``.
+        quick: the two main kinds only.
+    """
+    here = machine(torch.device("cpu")) | {"gpu": gpu}
+    about = [here[name] for name in ABOUT_MODEL]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*OF_TRIAL, *PREDICTED, *MEASURED, *ABOUT_MODEL])
+        for group in tqdm(list(trials(quick)), unit="layer"):
+            writer.writerows([*trial.label(), *_predicted(trial, gpu), "", "", *about] for trial in group)
+            file.flush()
+    return out
+
+
+def _predicted(trial: Trial, gpu: str) -> list[Any]:
+    batch, channels, *size = trial.shape
+    case = Case(Layer("", batch, channels, tuple(size), "relu"), trial.dtype, trial.layout)
+    with trial.chosen():
+        launched = predict(case, trial.direction, GPUS[gpu])
+    seconds = sum(kernel.seconds for kernel in launched)
+    percent = 100 * PASSES[trial.direction] * case.bytes / GPUS[gpu].copy / seconds
+    return [f"{1e6 * seconds:.2f}", f"{percent:.1f}", sum(kernel.spills for kernel in launched)]
 
 
 def _measure(group: list[Trial], seconds: float) -> list[list[Any]]:
@@ -140,12 +179,11 @@ def _measure(group: list[Trial], seconds: float) -> list[list[Any]]:
     calls["copy"] = captured(lambda: x.clone)
     times = time_together(calls, torch.device("cuda"), seconds * len(calls))
     copy = times.pop("copy").p50
-    passes = 2 if group[0].direction == "forward" else 5
+    passes = PASSES[group[0].direction]
     return [
-        [t.direction, t.layout, t.dtype, "x".join(map(str, t.shape)), t.settings.warps, t.settings.accesses,
-         t.settings.programs, f"{time.p50:.2f}", f"{100 * copy * passes / 2 / time.p50:.1f}"]
-        for t, time in times.items()
-    ]  # fmt: skip
+        [*trial.label(), f"{time.p50:.2f}", f"{100 * copy * passes / 2 / time.p50:.1f}"]
+        for trial, time in times.items()
+    ]
 
 
 def _compile_side_by_side(them: list[Trial]) -> None:

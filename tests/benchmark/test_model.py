@@ -11,10 +11,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench import model, predict  # noqa: E402
+from bench import cli, model, predict, settings  # noqa: E402
 from bench.cases import Case, Layer  # noqa: E402
 from bench.compiled import Compiled, launches  # noqa: E402
 from bench.record import RESULTS  # noqa: E402
+from brn_kernels.backends.triton import config  # noqa: E402
 
 H100 = model.GPUS["h100"]
 FEW = Compiled(registers=64, stack=0, spills=0, shared=16, narrowest=16)
@@ -110,3 +111,26 @@ def test_a_kernel_is_compiled_for_a_gpu_that_is_not_there():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     kernel, registers, spills, narrowest = json.loads(done.stdout.splitlines()[-1])
     assert kernel == "apply_kernel" and 16 <= registers <= 255 and spills == 0 and narrowest == 16
+
+
+def test_settings_are_predicted_each_with_its_own_programs(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "SHAPES", (LARGE.layer.shape,))
+    before, programs = dict(config.SETTINGS), []
+
+    def predicted(case, direction, gpu, original=model.predict):
+        kernels = original(case, direction, gpu)
+        programs.append(kernels[0].programs)
+        return kernels
+
+    monkeypatch.setattr(settings, "predict", predicted)
+    assert cli.main(["settings", "--main", "--gpu", "h200", str(tmp_path / "settings.csv")]) == 0
+    rows = pd.read_csv(tmp_path / "settings.csv")
+    assert len(rows) == len(settings.CANDIDATES) * len(settings.KINDS) * 2 == len(programs)
+    assert rows.p50_us.isna().all() and (rows.gpu == "h200").all() and (rows.spills == 0).all()
+    assert rows.predicted_percent_of_copy.between(50, 110).all()
+    channels_last = rows[rows.layout == "channels_last"]
+    expected = 132 * channels_last.programs  # one wave of them
+    assert (channels_last.index.map(lambda row: programs[row]) <= expected).all()
+    assert (channels_last.index.map(lambda row: programs[row]) > 0.8 * expected).all()
+    assert before == config.SETTINGS
+    assert tuple(model.GPUS) == cli.MODELLED
