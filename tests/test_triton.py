@@ -38,6 +38,16 @@ def test_several_tiles_and_splits(tiny_tiles, device, channels_last, activation,
     assert_same(run(kernels, arguments), run(reference, arguments))
 
 
+@LAYOUTS
+def test_nan_of_silu_beyond_the_tensor_had_spoiled_whole_channels(launches, device, channels_last):
+    """What is read as 0 there is 8e36 from the mean: hundreds of standard deviations more than a float32 holds."""
+    arguments = call(device, (3, 2, 3, 3), torch.float32, channels_last, activation="silu", schedule=CLOSED)
+    arguments["x"].fill_(8e36)
+    ours, truth = run(kernels, arguments), run(reference, arguments)
+    for name in ("dx", "dweight", "dbias"):
+        assert truth[name].isfinite().all() and ours[name].isfinite().all(), name
+
+
 # -- prediction
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_tools import DEVICE, scaled
+from gpu_tools import DEVICE, is_busy, scaled
 from triton_calls import assert_same, call, run
 
 from brn_kernels.backends import reference
@@ -39,6 +39,7 @@ def test_on_another_stream():
     with torch.cuda.stream(stream):
         y, _, _ = kernels.forward(**arguments)
         copied = y.clone()
+    assert is_busy(torch.cuda.current_stream()), "the call waited for a stream that is not its own"
     stream.synchronize()
     assert torch.equal(copied, expected["y"])
 

@@ -97,6 +97,7 @@ class AtOnce:
     def runs(self, number, prepare=lambda: None):
         """The results of so many runs; those that the gate did not outlast do not count."""
         for _ in range(2 * number):
+            synchronize()  # nothing that was queued before may change what is prepared
             prepare()
             synchronize()
             gate = Gate(self.streams, self.seconds)

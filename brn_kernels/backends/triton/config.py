@@ -86,9 +86,8 @@ MAX_DEAD_LANES = 0.125  # of a contiguous tile, beyond the end of a plane
 MERGED_BYTES = 4096  # of partial results that a program reads at a time: each time costs a trip to L2, some 0.65 us
 DIRECT_TRIPS = 3  # by which one program merges all; for more, several do that side by side, and then one their results
 
-MAX_COLUMNS = (
-    2**28
-)  # of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64, but for what is held)
+# of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64, but for what is held)
+MAX_COLUMNS = 2**28
 MAX_WAVES = 8  # of programs
 ITEMS_WITHOUT_SPLIT = 4  # so few take about as long as another launch
 SECOND_LAUNCH = 2  # its cost and that of merging, in items of a full wave

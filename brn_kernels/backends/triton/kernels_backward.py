@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .kernels_common import (
     NONE,
+    SILU,
     SIZES,
     across_planes,
     activation_backward,
@@ -79,6 +80,8 @@ def load_item(
     b_x = tl.load(x_ptr + o_x, mask=m_exists, other=0.0).to(ACC)
     b_dy = tl.load(dy_ptr + o_dy, mask=m_exists, other=0.0).to(ACC)
     b_centered = b_x - batch_mean[None, :]
+    if ACTIVATION == SILU:  # beyond the tensor x is 0, maybe so far from the mean that the derivative there is NaN
+        b_centered = tl.where(m_exists, b_centered, 0.0)
     if bits_ptr is not None:
         p_bits, m_bytes = bits_pointers(
             bits_ptr, rows, tile, item, chunks, outer_size, channels, row_bytes, CHANNELS_LAST, INNER
@@ -205,7 +208,7 @@ def write(
 def reduce_kernel(
     dy_ptr, x_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
     weight_ptr, bias_ptr, saved_ptr, dweight_ptr, dbias_ptr,  # (channels,), saved (4, channels)
-    workspace_ptr, tickets_ptr,  # see above; (channel tiles,)
+    workspace_ptr, tickets_ptr,  # see above; a counter for each bundle, and one for each tile's bundles
     outer_size, channels, inner_v, chunks, items, bundle, padded, row_bytes, plane,
     dy_outer_v, dy_channel_v, x_outer_v, x_channel_v, values: tl.float64,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,

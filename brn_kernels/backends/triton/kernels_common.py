@@ -161,7 +161,7 @@ def in_groups(
     b, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """(OUTER, INNER) summed over groups of GROUP elements that one thread holds: (ROWS, CT), no thread waits.
+    """(OUTER, INNER) summed over groups of GROUP elements that one thread holds: (ROWS, COLUMNS), no thread waits.
 
     A thread holds neighbours in a row (an access), and the same columns of rows that lie OUTER / GROUP apart.
     """

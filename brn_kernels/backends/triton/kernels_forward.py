@@ -11,7 +11,7 @@ reads hit the L2 cache; if there are none it returns at once.
 
 Workspace, rows of ``padded`` values: 0 pivot, 1 scale, 2 shift (y = (x - pivot) * scale + shift), 3 whether it is to be
 repaired, then for each split, then for each bundle of splits, the count; then as many means; then as many sums of
-squares about them.
+squares about them. None where one launch does and nobody wants the first three rows.
 """
 
 import triton
@@ -48,7 +48,7 @@ def stream_kernel(
     x_ptr, residual_ptr, y_ptr, bits_ptr,  # (outer, [channel,] inner), strides below
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, clipped_ptr,  # (channels,)
     counter_ptr, limits_ptr, auto_ptr,  # int64; (2,); (5, channels)
-    saved_ptr, workspace_ptr, tickets_ptr,  # (4, channels); see above; (channel tiles,)
+    saved_ptr, workspace_ptr, tickets_ptr,  # (4, channels); see above; counters of bundles and of tiles
     outer_size, channels, inner_v, chunks, items, bundle, padded, row_bytes, plane,
     x_outer_v, x_channel_v, residual_outer_v, residual_channel_v, y_outer_v, y_channel_v, hold, r_ramp, d_ramp,
     r_max: tl.float64, d_max: tl.float64, momentum: tl.float64, eps: tl.float64, values: tl.float64,

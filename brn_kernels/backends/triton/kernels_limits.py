@@ -17,7 +17,7 @@ def limits_now(
     step, limits_ptr, auto_ptr, channels, o_channels, m_channels,
     r_max: tl.float64, d_max: tl.float64, hold, r_ramp, d_ramp, ACC: tl.constexpr,
 ):  # fmt: skip
-    """r_max and d_max in force: those of ``auto_ptr``, (CT,) each, if given; else two numbers.
+    """r_max and d_max in force: those of ``auto_ptr`` for ``o_channels`` if given; else two numbers.
 
     Those are ``limits_ptr``'s if given, else the schedule's at ``step`` (``schedule.py``).
     """

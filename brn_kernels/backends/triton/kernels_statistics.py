@@ -9,7 +9,7 @@ from .kernels_limits import WARMUP, limits_now, observe
 
 @triton.jit
 def affine_of(weight_ptr, bias_ptr, o_channels, m_channels, ACC: tl.constexpr):
-    """Gamma and beta, (CT,)."""
+    """Gamma and beta of ``o_channels``, in their shape."""
     gamma = (o_channels * 0 + 1).to(ACC)
     beta = (o_channels * 0).to(ACC)
     if weight_ptr is not None:

@@ -188,7 +188,7 @@ class Plan(NamedTuple):
     summing: Constants  # of the kernel that sums
     writing: Constants  # of the one that only writes
     values: float  # of a channel
-    workspace: int  # elements
+    workspace: int  # elements, where a launch needs one
     tickets: int
 
 

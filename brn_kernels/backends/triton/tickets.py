@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-RESERVED = 2**18  # counters, 1 MB, for what is captured: 5 times ResNet-50's training step in the contiguous layout
+RESERVED = 2**18  # counters, 1 MB, for what is captured: several of ResNet-50's training steps
 
 _counters: dict[tuple[int | None, int], Tensor] = {}  # by device and stream
 _outgrown: list[Tensor] = []  # kept: launches that wait on their stream still count in them
@@ -52,13 +52,15 @@ def _lasting_zeros(device: torch.device, count: int) -> Tensor:
     """Zeros that may outlive whatever memory pool this thread allocates from, and are there for every stream.
 
     While ``torch.compile(mode="reduce-overhead")`` warms up, what a thread allocates belongs to its graphs' pool, and
-    is used again when they are replayed. That is so for each thread apart: another one allocates as usual.
+    is used again when they are replayed. That is so for each thread apart: another one allocates as usual. It waits for
+    a stream of its own only, not for what this one has queued.
     """
 
     def make() -> Tensor:
-        with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device, priority=-1)  # of a pool that few use
+        with torch.cuda.stream(stream):
             zeros = torch.zeros(count, dtype=torch.int32, device=device)
-            torch.cuda.current_stream().synchronize()
+        stream.synchronize()
         return zeros
 
     with ThreadPoolExecutor(1) as another:
