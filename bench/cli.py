@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--seconds", type=float, default=0.05, help="for each candidate (default: %(default)s)")
     settings.add_argument("--minutes", type=float, default=20.0, help="after which no further layer begins")
     settings.add_argument("--main", action="store_true", help="bfloat16 channels_last and float32 contiguous only")
-    settings.add_argument("--gpu", choices=MODELLED, help="predict for that one instead, by a model; needs no GPU")
+    settings.add_argument("--gpu", choices=MODELLED, help="predict for that one, by a model; needs no GPU, no seconds")
     settings.set_defaults(run=_settings)
 
     profile = commands.add_parser("profile", help="bytes, bandwidth and waits of the kernels, by Nsight Compute")
@@ -166,7 +166,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> int:
-    if not arguments.gpu:
+    if arguments.gpu:
+        _need_compiler()
+    else:
         _need_gpu()
     from .settings import run, run_model
 
@@ -186,6 +188,7 @@ def _profile(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    _need_compiler()
     from .predict import errors, run
 
     print(run(arguments.out, arguments.gpu, arguments.measured))
@@ -198,6 +201,16 @@ def _need_gpu() -> None:
 
     if not torch.cuda.is_available():
         raise ValueError("this is measured on a GPU, and this torch sees none")
+
+
+def _need_compiler() -> None:
+    """For what the model says: registers are known from the compiled kernels."""
+    try:
+        import triton
+    except ImportError as error:
+        raise ValueError(f"the model compiles the Triton kernels, which needs Triton: {error}") from error
+    if triton.knobs.runtime.interpret:
+        raise ValueError("the model compiles the Triton kernels: unset TRITON_INTERPRET")
 
 
 def _bars(arguments: argparse.Namespace) -> int:

@@ -20,8 +20,8 @@ from .record import machine
 PLAN = Plan(("ResNet-50",), states=("closed",), size_step=16)
 CASE = ("net", "batch", "channels", "size", "follows", "dtype", "layout", "state", "direction")
 OF_KERNEL = ("registers", "programs", "resident", "kb_in_flight", "mb_read", "mb_written")
-ABOUT = ("triton", "commit", "dirty", "date")
-COLUMNS = (*CASE, "kernel", *OF_KERNEL, "predicted_us", "measured_us", "measured_by", "gpu", *ABOUT)
+ABOUT = ("gpu", "triton", "commit", "dirty", "date")
+COLUMNS = (*CASE, "kernel", *OF_KERNEL, "predicted_us", "measured_us", "measured_by", *ABOUT)
 
 
 def run(out: Path, gpu: str, measured: Path | None, cases: Sequence[Case] | None = None) -> Path:
@@ -37,9 +37,7 @@ def run(out: Path, gpu: str, measured: Path | None, cases: Sequence[Case] | None
         ValueError: the run has measured none of these calls on a GPU.
     """
     times = _times(measured) if measured else {}
-    here = machine(torch.device("cpu"))
-    about = {"gpu": gpu} | {name: here[name] for name in ABOUT}
-    rows = []
+    rows, about = [], about_predictions(gpu)
     for case in tqdm(PLAN.cases() if cases is None else cases, unit="layer"):
         for direction in ("forward", "backward"):
             label = _label(case, direction)
@@ -53,6 +51,12 @@ def run(out: Path, gpu: str, measured: Path | None, cases: Sequence[Case] | None
         writer.writeheader()
         writer.writerows(rows)
     return out
+
+
+def about_predictions(gpu: str) -> dict[str, str]:
+    """The columns ``ABOUT``: for which GPU, and what compiled and predicted."""
+    here = machine(torch.device("cpu")) | {"gpu": gpu}
+    return {name: here[name] for name in ABOUT}
 
 
 def errors(path: Path) -> str:

@@ -28,6 +28,7 @@ from brn_kernels.backends.triton.config import Settings
 
 from .cases import DTYPES, Case, Layer
 from .model import GPUS, predict
+from .predict import about_predictions
 from .record import machine
 from .timing import captured, time_together
 
@@ -43,7 +44,6 @@ PASSES = {"forward": 2, "backward": 5}
 OF_TRIAL = ("direction", "layout", "dtype", "shape", "warps", "accesses", "programs")
 MEASURED = ("p50_us", "percent_of_copy")
 PREDICTED = ("predicted_us", "predicted_percent_of_copy", "spills")
-ABOUT_MODEL = ("gpu", "triton", "commit", "dirty", "date")
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,13 @@ def run_model(out: Path, gpu: str, quick: bool) -> Path:
         gpu: one of ``model.GPUS``.
         quick: the two main kinds only.
     """
-    here = machine(torch.device("cpu")) | {"gpu": gpu}
-    about = [here[name] for name in ABOUT_MODEL]
+    about = about_predictions(gpu)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*OF_TRIAL, *PREDICTED, *MEASURED, *ABOUT_MODEL])
+        writer.writerow([*OF_TRIAL, *PREDICTED, *MEASURED, *about])
         for group in tqdm(list(trials(quick)), unit="layer"):
-            writer.writerows([*trial.label(), *_predicted(trial, gpu), "", "", *about] for trial in group)
+            writer.writerows([*trial.label(), *_predicted(trial, gpu), "", "", *about.values()] for trial in group)
             file.flush()
     return out
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from bench import cli, model, predict, settings  # noqa: E402
 from bench.cases import Case, Layer  # noqa: E402
 from bench.compiled import Compiled, launches  # noqa: E402
@@ -123,6 +123,7 @@ def test_settings_are_predicted_each_with_its_own_programs(tmp_path, monkeypatch
         return kernels
 
     monkeypatch.setattr(settings, "predict", predicted)
+    monkeypatch.setattr(cli, "_need_compiler", lambda: None)  # nothing is compiled here
     assert cli.main(["settings", "--main", "--gpu", "h200", str(tmp_path / "settings.csv")]) == 0
     rows = pd.read_csv(tmp_path / "settings.csv")
     assert len(rows) == len(settings.CANDIDATES) * len(settings.KINDS) * 2 == len(programs)
@@ -134,3 +135,13 @@ def test_settings_are_predicted_each_with_its_own_programs(tmp_path, monkeypatch
     assert (channels_last.index.map(lambda row: programs[row]) > 0.8 * expected).all()
     assert before == config.SETTINGS
     assert tuple(model.GPUS) == cli.MODELLED
+
+
+@pytest.mark.parametrize("command", [["predict"], ["settings", "--gpu", "h100"]], ids=lambda command: command[0])
+def test_what_compiles_says_what_it_lacks(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert cli.main([*command, str(tmp_path / "out.csv")]) == 2
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert cli.main([*command, str(tmp_path / "out.csv")]) == 2
+    assert "needs Triton" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -35,7 +35,7 @@ def test_on_another_stream():
     expected = run(kernels, arguments)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    torch.cuda._sleep(100_000_000)  # what runs on the first stream by mistake comes late
+    torch.cuda._sleep(1_000_000_000)  # what runs on the first stream by mistake comes late
     with torch.cuda.stream(stream):
         y, _, _ = kernels.forward(**arguments)
         copied = y.clone()

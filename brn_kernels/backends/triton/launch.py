@@ -97,7 +97,8 @@ def forward(
     copy_back(
         ((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped), (dense_state, auto_state))
     )
-    if coefficients is not None and workspace is not None:
+    if coefficients is not None:
+        assert workspace is not None  # made above
         coefficients.copy_(_coefficients(workspace, launch)[:3, : shape.channels])
     return y, saved, bits
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-RESERVED = 2**18  # counters, 1 MB, for what is captured: several of ResNet-50's training steps
+RESERVED = 2**18  # counters, 1 MB, for what is captured: 11 times ResNet-50's training step, float32, contiguous
 
 _counters: dict[tuple[int | None, int], Tensor] = {}  # by device and stream
 _outgrown: list[Tensor] = []  # kept: launches that wait on their stream still count in them
