@@ -14,7 +14,8 @@ from .backends import layout, reference
 class BatchRenormFunction(torch.autograd.Function):
     """Training-mode Batch Renormalization; gradients for x, residual, weight and bias, with r and d constant.
 
-    ``rest`` are the arguments of ``ops.forward`` after the differentiable ones, without ``coefficients``.
+    ``rest`` are the arguments of ``ops.forward`` after the differentiable ones, without ``coefficients``, and whether
+    the call is an ordinary one, which nobody but autograd sees.
     """
 
     # Not split into forward and setup_context: PyTorch then inspects the signature at every call, which takes longer
@@ -29,18 +30,19 @@ class BatchRenormFunction(torch.autograd.Function):
         bias: Tensor | None,
         rest: tuple[Any, ...],
     ) -> Tensor:
-        ctx.eps, ctx.activation, ctx.backend, traced, ctx.process_group, auto_state = rest[7:]
+        ctx.eps, ctx.activation, ctx.backend, traced, ctx.process_group, auto_state, ordinary = rest[7:]
         call = None
-        if not traced:
+        if not (ordinary or traced):
             auto = auto_state is not None and distributed.group_of(ctx.process_group) is None
             call = recompute.begin(x, residual, mask, weight, bias, ctx.activation, ctx.backend, auto)
-        y, saved, bits = ops.run_forward(
-            x, residual, mask, weight, bias, *rest[:-1], None if call is None else call.coefficients, auto_state
+        run: Any = ops.forward_implementation if ordinary else ops.run_forward
+        y, saved, bits = run(
+            x, residual, mask, weight, bias, *rest[:-2], None if call is None else call.coefficients, auto_state
         )
         ctx.set_materialize_grads(False)
         if ctx.activation is None or reference.keeps_bits(residual, ctx.activation):
             residual = None  # the backward does without it
-        ctx.channels_last = layout.layout_of(x).channels_last if bits.numel() > 0 else None
+        ctx.channels_last = layout.layout_of(x).channels_last if bits is not None else None
         if call is not None:
             ctx.output = call.register(y, saved)
         ctx.save_for_backward(x, residual, mask, weight, bias, saved, bits)
@@ -67,8 +69,8 @@ class BatchRenormFunction(torch.autograd.Function):
             needs_dx, needs_dresidual and not dresidual_is_dy, ctx.backend, ctx.process_group,
         )  # fmt: skip
         return (
-            dx if needs_dx else None,
-            dy if dresidual_is_dy else dresidual if needs_dresidual else None,
+            dx,
+            dy if dresidual_is_dy else dresidual,
             None,
             _cast(dweight, weight) if needs_dweight else None,
             _cast(dbias, bias) if needs_dbias else None,
@@ -89,11 +91,11 @@ def _differentiable_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
-    bits: Tensor,
+    bits: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The backward under ``create_graph=True``: itself made of differentiable operations."""
     activation = ctx.activation
-    if bits.numel() > 0:
+    if bits is not None:
         dy, activation = torch.where(layout.unpack_bits(bits, x), dy, 0), None
     inputs = [x, residual, mask, weight, bias]
     # aliases, so that a tensor given twice (as x and as residual) gets each gradient apart

@@ -77,20 +77,20 @@ def forward(
     activation: str | None,
     coefficients: Tensor | None = None,
     auto_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """``reference.forward`` with the statistics of all processes; local batches may differ in size, or be empty."""
     batch_mean, batch_var, m = _statistics(group, x, mask)
     saved, is_clipped = reference.corrected(
         batch_mean, batch_var, running_mean, running_var, num_batches_tracked, limits, schedule, eps, auto_state
     )
     if x.numel() == 0:
-        y, bits = torch.empty_like(x), reference.empty_bits(x)
+        y, bits = torch.empty_like(x), None
     elif mask is not None or not _fuses(backend, x, residual, activation):
         y = torch.empty_like(x)
         bits = reference.write(y, x, residual, mask, weight, bias, saved, activation)
     elif residual is None:
         given = torch.stack([batch_mean, *_scale_and_shift(weight, bias, saved)], out=coefficients)
-        y, bits = backend.apply(x, given, activation), reference.empty_bits(x)
+        y, bits = backend.apply(x, given, activation), None
     else:
         y, bits = _affine(backend, x, residual, batch_mean, *_scale_and_shift(weight, bias, saved), activation)
     reference.update(
@@ -110,11 +110,11 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
-    bits: Tensor,
+    bits: Tensor | None,
     activation: str | None,
     needs_dx: bool,
     needs_dresidual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """``reference.backward`` with dx of all processes' sums; dweight and dbias are of the local values."""
     batch_mean, inv_std, r, d = saved.unbind()
     fused = mask is None and _fuses(backend, x, residual, activation)
@@ -127,8 +127,8 @@ def backward(
     else:
         g, x_bn = reference.upstream(dy, x, residual, mask, weight, bias, saved, bits, activation)
         S1, S2 = g.sum(reference.reduced_dims(x)), (g * x_bn).sum(reference.reduced_dims(x))
-        dx = x.new_empty(0)
-        dresidual = torch.empty_like(x).copy_(g) if needs_dresidual else x.new_empty(0)
+        dx = None
+        dresidual = torch.empty_like(x).copy_(g) if needs_dresidual else None
 
     if needs_dx:
         count = _count(x, mask)
@@ -194,7 +194,7 @@ def _affine(
     scale: Tensor,
     shift: Tensor,
     activation: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """activation((x - pivot) * scale + shift + residual), and the ``bits`` of its ReLU, in one pass.
 
     By a backend's forward, as an unclipped channel: pivot is its running mean, 1 its running variance.

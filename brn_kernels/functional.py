@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, distributed, ops
+from . import backends, distributed, observe, ops
 from .autograd import BatchRenormFunction
 from .backends import auto_limits, reference
 from .checkpointing import pre_update_statistics
@@ -100,35 +100,53 @@ def renormalize(
 ) -> Tensor:
     """What ``batch_renorm`` and the layers share: check the tensors, then normalize in the mode asked for."""
     _check_tensors(x, residual, mask, weight, bias, running_mean, running_var, training, process_group)
-    _check_devices(x, num_batches_tracked=num_batches_tracked, clipped=clipped, auto_state=auto_state)
-    _check_auto_state(x, auto_state)
+    _check_devices(
+        x, residual=residual, mask=mask, num_batches_tracked=num_batches_tracked, clipped=clipped, auto_state=auto_state
+    )
+    if auto_state is not None:
+        _check_auto_state(x, auto_state)
     if mask is not None and mask.dim() < x.dim():
         mask = mask.unsqueeze(1)
     if not training:
         return _evaluate(x, residual, mask, weight, bias, running_mean, running_var, eps, activation)
-    traced = torch.compiler.is_compiling()
-    if running_mean is not None and running_var is not None and not traced:
-        running_mean, running_var, num_batches_tracked, clipped, auto_state = pre_update_statistics(
-            running_mean, running_var, num_batches_tracked, clipped, auto_state
-        )
-    if _is_transformed():
-        if distributed.group_of(process_group) is not None:
-            raise RuntimeError(
-                "function transforms (torch.func) with statistics of several processes are not implemented"
+    ordinary = _is_ordinary(x)
+    traced = not ordinary and torch.compiler.is_compiling()
+    if not ordinary:
+        if running_mean is not None and running_var is not None and not traced:
+            running_mean, running_var, num_batches_tracked, clipped, auto_state = pre_update_statistics(
+                running_mean, running_var, num_batches_tracked, clipped, auto_state
             )
-        return _transformed(
-            x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
-            momentum, eps, activation, auto_state,
-        )  # fmt: skip
-    # Dynamo cannot trace a Function none of whose inputs wants a gradient
-    as_function = torch.is_grad_enabled() and _wants_gradient(x, residual, weight, bias)
+        if _is_transformed():
+            if distributed.group_of(process_group) is not None:
+                raise RuntimeError(
+                    "function transforms (torch.func) with statistics of several processes are not implemented"
+                )
+            return _transformed(
+                x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits,
+                schedule, momentum, eps, activation, auto_state,
+            )  # fmt: skip
     rest = (
         running_mean, running_var, num_batches_tracked, clipped, limits, schedule, momentum, eps, activation,
         backends.selected(), traced, process_group,
     )  # fmt: skip
-    if as_function:
-        return BatchRenormFunction.apply(x, residual, mask, weight, bias, (*rest, auto_state))
+    # Dynamo cannot trace a Function none of whose inputs wants a gradient
+    if ordinary or (torch.is_grad_enabled() and _wants_gradient(x, residual, weight, bias)):
+        return BatchRenormFunction.apply(x, residual, mask, weight, bias, (*rest, auto_state, ordinary))
     return ops.run_forward(x, residual, mask, weight, bias, *rest, None, auto_state)[0]
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    """Whether it is an eager call with gradients that nothing else looks at, or will run again, as most are."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not ops.is_observed(x)
+        and forward_ad._current_level < 0
+        and torch._C._current_graph_task_id() == -1
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and not observe.observers
+    )
 
 
 def _evaluate(
@@ -245,28 +263,23 @@ def _check_tensors(
     if x.dim() < 2 and x.shape != (0,):  # F.batch_norm takes an empty vector too
         raise ValueError(f"x: expected 2 or more dimensions (N, C, ...), got {x.dim()} (shape {tuple(x.shape)})")
     channels = x.shape[1] if x.dim() > 1 else 0
-    parameter_dtypes = (x.dtype, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else (x.dtype,)
-    for name, parameter in (
-        ("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var),
-    ):  # fmt: skip
-        if parameter is None:
-            continue
-        if parameter.shape != (channels,):
-            raise ValueError(
-                f"{name}: expected shape ({channels},) for x of shape {tuple(x.shape)}, got {tuple(parameter.shape)}"
-            )
-        if parameter.dtype not in parameter_dtypes:
-            expected = " or ".join(map(str, parameter_dtypes))
-            raise ValueError(f"{name}: expected {expected} for x of {x.dtype}, got {parameter.dtype}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var: expected both or neither")
-    if running_mean is None and not training:
-        raise ValueError("running_mean and running_var: expected tensors in evaluation mode, got None")
+    shape, dtype, device = (channels,), x.dtype, x.device
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    for t in (weight, bias, running_mean, running_var):
+        if t is not None and (t.shape != shape or (t.dtype != dtype and t.dtype != wide) or t.device != device):
+            _refuse_vectors(x, wide, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    if running_mean is None or running_var is None:
+        if running_mean is not None or running_var is not None:
+            raise ValueError("running_mean and running_var: expected both or neither")
+        if not training:
+            raise ValueError("running_mean and running_var: expected tensors in evaluation mode, got None")
+    elif running_mean.dtype != running_var.dtype:
+        raise ValueError(f"running_var: expected running_mean's dtype {running_mean.dtype}, got {running_var.dtype}")
     if residual is not None:
         if residual.shape != x.shape:
             raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-        if residual.dtype != x.dtype:
-            raise ValueError(f"residual: expected x's dtype {x.dtype}, got {residual.dtype}")
+        if residual.dtype != dtype:
+            raise ValueError(f"residual: expected x's dtype {dtype}, got {residual.dtype}")
     if mask is not None:
         without_channels = (x.shape[0], *x.shape[2:])
         if tuple(mask.shape) not in (without_channels, (x.shape[0], 1, *x.shape[2:])):
@@ -276,18 +289,27 @@ def _check_tensors(
             )
         if mask.dtype != torch.bool:
             raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
-    if running_mean is not None and running_var is not None and running_mean.dtype != running_var.dtype:
-        raise ValueError(f"running_var: expected running_mean's dtype {running_mean.dtype}, got {running_var.dtype}")
-    _check_devices(
-        x, residual=residual, mask=mask, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
-    )
     if training and x.numel() == channels and channels > 0 and process_group is None:  # others may have more
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
 
 
-def _check_auto_state(x: Tensor, auto_state: Tensor | None) -> None:
-    if auto_state is None:
-        return
+def _refuse_vectors(x: Tensor, wide: torch.dtype, **vectors: Tensor | None) -> None:
+    """Say what is wrong with one of them."""
+    channels = x.shape[1] if x.dim() > 1 else 0
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != (channels,):
+            raise ValueError(
+                f"{name}: expected shape ({channels},) for x of shape {tuple(x.shape)}, got {tuple(vector.shape)}"
+            )
+        if vector.dtype not in (x.dtype, wide):
+            expected = str(x.dtype) if wide == x.dtype else f"{x.dtype} or {wide}"
+            raise ValueError(f"{name}: expected {expected} for x of {x.dtype}, got {vector.dtype}")
+    _check_devices(x, **vectors)
+
+
+def _check_auto_state(x: Tensor, auto_state: Tensor) -> None:
     channels = x.shape[1] if x.dim() > 1 else 0
     if auto_state.shape != (auto_limits.ROWS, channels):
         raise ValueError(
@@ -299,6 +321,7 @@ def _check_auto_state(x: Tensor, auto_state: Tensor | None) -> None:
 
 
 def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    device = x.device
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on {x.device} as x, got one on {tensor.device}")

@@ -31,7 +31,7 @@ class Observer(Protocol):
 observers: list[Observer] = []
 
 
-def watched(call: Callable[[], tuple[Tensor, Tensor, Tensor]], arguments: dict[str, Any]) -> Any:
+def watched(call: Callable[[], tuple[Tensor, Tensor, Tensor | None]], arguments: dict[str, Any]) -> Any:
     """``call()``, which is that of ``ops.forward`` with these arguments, with the observers around it."""
     if arguments["running_mean"] is None or arguments["x"].numel() == 0:
         return call()

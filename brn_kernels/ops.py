@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, library
 
 from . import backends, distributed, observe
-from .backends.layout import bits_shape
+from .backends.layout import bits_shape, layout_of
 from .backends.reference import keeps_bits, statistics_dtype
 
 _operators = library.Library("brn_kernels", "DEF")
@@ -32,14 +32,13 @@ _operators.define(
 )
 _operators.define(
     "backward(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor saved,"
-    " Tensor bits, str? activation, bool needs_dx, bool needs_dresidual, str backend, str? process_group=None)"
+    " Tensor? bits, str? activation, bool needs_dx, bool needs_dresidual, str backend, str? process_group=None)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-@library.impl(_operators, "forward", "CompositeExplicitAutograd")
-def _forward(
+def forward_implementation(
     x: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
@@ -59,7 +58,8 @@ def _forward(
     process_group: str | None = None,
     coefficients: Tensor | None = None,
     auto_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``forward``, called directly: what the operator must have a tensor for is None where there is none."""
     if traced and torch._C._current_graph_task_id() != -1 and running_mean is not None:
         raise RuntimeError(
             "activation checkpointing together with torch.compile runs Batch Renormalization again after its running "
@@ -77,8 +77,7 @@ def _forward(
     return kernels.forward(*arguments, auto_state=auto_state)
 
 
-@library.impl(_operators, "backward", "CompositeExplicitAutograd")
-def _backward(
+def backward_implementation(
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -86,13 +85,14 @@ def _backward(
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
-    bits: Tensor,
+    bits: Tensor | None,
     activation: str | None,
     needs_dx: bool,
     needs_dresidual: bool,
     backend: str,
     process_group: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """``backward``, likewise."""
     arguments = (
         dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual,
     )  # fmt: skip
@@ -102,13 +102,40 @@ def _backward(
     return kernels.backward(*arguments)
 
 
+@library.impl(_operators, "forward", "CompositeExplicitAutograd")
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, saved, bits = forward_implementation(x, *rest)
+    return y, saved, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
+
+
+@library.impl(_operators, "backward", "CompositeExplicitAutograd")
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    bits: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bits = None if bits is None or bits.numel() == 0 else bits  # ``forward`` returns an empty one
+    dx, dweight, dbias, dresidual = backward_implementation(
+        dy, x, residual, mask, weight, bias, saved, bits, *rest
+    )  # fmt: skip
+    return (
+        x.new_empty(0) if dx is None else dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual,
+    )  # fmt: skip
+
+
 @library.register_fake("brn_kernels::forward", lib=_operators)
 def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     activation = rest[11]
     channels = x.shape[1] if x.dim() > 1 else 0
     saved = x.new_empty(4, channels, dtype=statistics_dtype(x))
     kept = keeps_bits(residual, activation) and x.numel() > 0
-    bits = x.new_empty(bits_shape(x) if kept else (0,), dtype=torch.uint8)
+    bits = x.new_empty(bits_shape(layout_of(x)) if kept else (0,), dtype=torch.uint8)
     return torch.empty_like(x), saved, bits
 
 
@@ -127,20 +154,29 @@ forward = torch.ops.brn_kernels.forward.default
 backward = torch.ops.brn_kernels.backward.default
 
 
-def run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``forward``; where nobody observes operators, its implementation, which saves 10 us of dispatch."""
-    call = forward if _is_observed(arguments[0]) else _forward
+def run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``forward_implementation``: by way of the operator, which takes 10 us more, if anybody observes operators."""
+    call = _by_operator if is_observed(arguments[0]) else forward_implementation
     if observe.observers and not torch.compiler.is_compiling():
         return observe.watched(functools.partial(call, *arguments), dict(zip(_NAMES, arguments, strict=False)))
     return call(*arguments)
 
 
-def run_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``backward``, likewise."""
-    return (backward if _is_observed(arguments[0]) else _backward)(*arguments)
+def _by_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    y, saved, bits = forward(*arguments)
+    return y, saved, bits if bits.numel() > 0 else None
 
 
-def _is_observed(x: Tensor) -> bool:
+def run_backward(*arguments: Any) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """``backward_implementation``, likewise."""
+    if not is_observed(arguments[0]):
+        return backward_implementation(*arguments)
+    dx, dweight, dbias, dresidual = backward(*arguments)
+    needs_dx, needs_dresidual = arguments[9:11]
+    return dx if needs_dx else None, dweight, dbias, dresidual if needs_dresidual else None
+
+
+def is_observed(x: Tensor) -> bool:
     """Whether anybody must see the operator itself: a trace, a dispatch mode, a tensor that is more than a tensor."""
     return (
         torch.compiler.is_compiling()

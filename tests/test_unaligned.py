@@ -32,7 +32,7 @@ def watched(backend, addresses):
         return backend.forward(**arguments)
 
     def backward(dy, x, residual, mask, weight, bias, saved, bits, *others):
-        addresses.update(dy=dy.data_ptr(), saved=saved.data_ptr(), bits=bits.data_ptr())
+        addresses.update(dy=dy.data_ptr(), saved=saved.data_ptr(), bits=None if bits is None else bits.data_ptr())
         return backend.backward(dy, x, residual, mask, weight, bias, saved, bits, *others)
 
     return SimpleNamespace(forward=forward, backward=backward)

@@ -51,6 +51,8 @@ def copied(value):
 
 def moved(tensor, by):
     """The same values in the same strides, ``by`` elements from where an allocation begins; alone in its memory."""
+    if tensor is None:
+        return None
     dense = tensor.clone()
     room = torch.empty(dense.numel() + by, dtype=dense.dtype, device=dense.device)
     return room.as_strided(dense.shape, dense.stride(), by).copy_(dense)

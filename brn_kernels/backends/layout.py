@@ -62,15 +62,14 @@ def kept_in(x: Tensor, channels_last: bool) -> Tensor:
     return empty_in(Layout(channels_last, x.shape[0], x.shape[1], positions), x).copy_(x)
 
 
-def bits_shape(x: Tensor) -> tuple[int, int]:
-    """Shape of the mask of a tensor like x: each row of memory, padded to whole bytes."""
-    layout = layout_of(x)
+def bits_shape(layout: Layout) -> tuple[int, int]:
+    """Shape of the mask of a tensor in that layout: each row of memory, padded to whole bytes."""
     rows = layout.outer if layout.channels_last else layout.outer * layout.channels
     return rows, (layout.inner + 7) // 8
 
 
 def pack_bits(positive: Tensor, x: Tensor) -> Tensor:
-    """A bool tensor of x's shape as uint8 of ``bits_shape(x)``: bit i of byte j is element 8 j + i of its row."""
+    """A bool tensor of x's shape as uint8 of its ``bits_shape``: bit i of byte j is element 8 j + i of its row."""
     layout = layout_of(x)
     ordered = positive.movedim(1, -1) if layout.channels_last else positive
     rows = F.pad(ordered.reshape(-1, layout.inner), (0, -layout.inner % 8)).to(torch.int32)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import build
 from . import layout, reference, sides
-from .sides import copy_back, dense, readable, writable
+from .sides import copy_back, dense
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "hardswish": 4}  # csrc/arguments.h
 
@@ -97,44 +97,45 @@ def forward(
     activation: str | None,
     coefficients: Tensor | None = None,
     auto_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """``reference.forward``; a mask and automatic limits are left to it."""
     if not is_fused(x, residual, mask, activation, auto_state is not None):
         return reference.forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
             momentum, eps, activation, auto_state,
         )  # fmt: skip
-    shape = sides.layout_of(x)
-    source, extra = readable(x, shape), readable(residual, shape)
+    memory = sides.memory_of(x, residual)
+    if not memory.fits:
+        return sides.forward_of_copies(
+            forward, x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits,
+            schedule, momentum, eps, activation, coefficients, auto_state,
+        )  # fmt: skip
+    shape, (of_x, of_residual, of_y) = memory.layout, memory.strides
     y = torch.empty_like(x)
-    target = writable(y, shape)
     saved = torch.empty(4, shape.channels, dtype=reference.statistics_dtype(x), device=x.device)
-    kept = reference.keeps_bits(residual, activation)
-    bits = torch.empty(layout.bits_shape(x), dtype=torch.uint8, device=x.device) if kept else reference.empty_bits(x)
-    workspace = _workspace(x, shape)
+    bits = None
+    if reference.keeps_bits(residual, activation):
+        bits = torch.empty(layout.bits_shape(shape), dtype=torch.uint8, device=x.device)
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
     torch.ops.brn_kernels_native.forward(
-        source.tensor, extra.tensor, target.tensor, bits if kept else None, dense(weight), dense(bias), dense_mean,
-        dense_var, num_batches_tracked, dense_clipped, dense(limits), saved, shape,
-        source.strides + extra.strides + target.strides, schedule, momentum, eps, ACTIVATION_CODES[activation],
-        coefficients, workspace,
+        x, residual, y, bits, dense(weight), dense(bias), dense_mean, dense_var, num_batches_tracked,
+        dense_clipped, dense(limits), saved, shape, (*of_x, *of_residual, *of_y), schedule, momentum, eps,
+        ACTIVATION_CODES[activation], coefficients, _workspace(x, shape),
     )  # fmt: skip
-    target.copy_to(y)
     copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
     return y, saved, bits
 
 
 def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     """Y of the ``coefficients`` that ``forward`` filled, in one pass."""
-    shape = sides.layout_of(x)
-    source = readable(x, shape)
+    memory = sides.memory_of(x)
+    if not memory.fits:
+        return torch.empty_like(x).copy_(apply(sides.copied(x, memory.layout), coefficients, activation))
+    shape, (of_x, of_y) = memory.layout, memory.strides
     y = torch.empty_like(x)
-    target = writable(y, shape)
     torch.ops.brn_kernels_native.apply(
-        source.tensor, target.tensor, coefficients, shape, source.strides + target.strides,
-        ACTIVATION_CODES[activation], _workspace(x, shape),
+        x, y, coefficients, shape, (*of_x, *of_y), ACTIVATION_CODES[activation], _workspace(x, shape)
     )  # fmt: skip
-    target.copy_to(y)
     return y
 
 
@@ -146,35 +147,33 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
-    bits: Tensor,
+    bits: Tensor | None,
     activation: str | None,
     needs_dx: bool,
     needs_dresidual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """``reference.backward``; a mask is left to it."""
     if not is_fused(x, residual, mask, activation):
         return reference.backward(
             dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual
         )
-    shape = sides.layout_of(x)
-    kept = bits.numel() > 0
-    if kept or activation is None:
+    if bits is not None or activation is None:
         residual = None
-    upstream, source, extra = readable(dy, shape), readable(x, shape), readable(residual, shape)
-    dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
-    dresidual = torch.empty_like(x) if needs_dresidual else x.new_empty(0)
-    to_x = writable(dx if needs_dx else None, shape)
-    to_residual = writable(dresidual if needs_dresidual else None, shape)
+    memory = sides.memory_of(x, dy, residual)
+    if not memory.fits:
+        return sides.backward_of_copies(
+            backward, dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual
+        )
+    shape, (of_x, of_dy, of_residual, of_results) = memory.layout, memory.strides
+    dx = torch.empty_like(x) if needs_dx else None
+    dresidual = torch.empty_like(x) if needs_dresidual else None
     dweight = torch.empty(shape.channels, dtype=saved.dtype, device=x.device)
     dbias = torch.empty(shape.channels, dtype=saved.dtype, device=x.device)
     torch.ops.brn_kernels_native.backward(
-        upstream.tensor, source.tensor, extra.tensor, bits.contiguous() if kept else None, dense(weight), dense(bias),
-        saved.contiguous(), to_x.tensor, to_residual.tensor, dweight, dbias, shape,
-        upstream.strides + source.strides + extra.strides + to_x.strides + to_residual.strides,
-        ACTIVATION_CODES[activation], _workspace(x, shape),
+        dy, x, residual, dense(bits), dense(weight), dense(bias), saved.contiguous(), dx, dresidual, dweight, dbias,
+        shape, (*of_dy, *of_x, *of_residual, *of_results, *of_results), ACTIVATION_CODES[activation],
+        _workspace(x, shape),
     )  # fmt: skip
-    to_x.copy_to(dx)
-    to_residual.copy_to(dresidual)
     return dx, dweight, dbias, dresidual
 
 

@@ -38,7 +38,7 @@ def forward(
     eps: float,
     activation: str | None,
     auto_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Normalize in training mode and update the running statistics in place.
 
     The clip limits are those of ``auto_state`` (``auto_limits.py``; updated in place) if given; else ``limits``
@@ -46,14 +46,14 @@ def forward(
 
     Returns:
         y; and for the backward ``saved``, (4, C): batch_mean, inv_std, r, d; and ``bits``: where a ReLU after a
-        residual lets the gradient through (``layout.pack_bits``), empty without that.
+        residual lets the gradient through (``layout.pack_bits``), None without that.
     """
     y = torch.empty_like(x)
     if x.numel() == 0:
         if num_batches_tracked is not None:
             num_batches_tracked += 1
         channels = x.shape[1] if x.dim() > 1 else 0
-        return y, torch.zeros(4, channels, dtype=statistics_dtype(x), device=x.device), empty_bits(x)
+        return y, torch.zeros(4, channels, dtype=statistics_dtype(x), device=x.device), None
 
     batch_mean, batch_var, m = batch_statistics(x, mask)
     saved, is_clipped = corrected(
@@ -75,28 +75,28 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
-    bits: Tensor,
+    bits: Tensor | None,
     activation: str | None,
     needs_dx: bool,
     needs_dresidual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """The gradients of ``forward``'s y, with r and d as constants. Where ``bits`` is kept, residual is not needed.
 
     Returns:
-        dx, dweight, dbias, dresidual; dx and dresidual are empty where they are not needed.
+        dx, dweight, dbias, dresidual; dx and dresidual are None where they are not needed.
     """
-    dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
-    dresidual = torch.empty_like(x) if needs_dresidual else x.new_empty(0)
+    dx = torch.empty_like(x) if needs_dx else None
+    dresidual = torch.empty_like(x) if needs_dresidual else None
     _, _, r, d = saved.unbind()
     if x.numel() == 0:
         return dx, torch.zeros_like(r), torch.zeros_like(r), dresidual
 
     dy, x_bn = upstream(dy, x, residual, mask, weight, bias, saved, bits, activation)
     S1, S2 = dy.sum(reduced_dims(x)), (dy * x_bn).sum(reduced_dims(x))
-    if needs_dx:
+    if dx is not None:
         m: Tensor | int = x.numel() // x.shape[1] if mask is None else mask.sum().clamp(min=1).to(saved.dtype)
         dx.copy_(gradient_of_x(dy, x_bn, mask, weight, saved, S1 / m, S2 / m))
-    if needs_dresidual:
+    if dresidual is not None:
         dresidual.copy_(dy)
     return dx, r * S2 + d * S1, S1, dresidual
 
@@ -171,10 +171,10 @@ def write(
     bias: Tensor | None,
     saved: Tensor,
     activation: str | None,
-) -> Tensor:
+) -> Tensor | None:
     """Write y; return the ``bits`` for the backward."""
     z = normalize(x, residual, weight, bias, *saved.unbind())
-    bits = layout.pack_bits(~(z <= 0), x) if keeps_bits(residual, activation) else empty_bits(x)
+    bits = layout.pack_bits(~(z <= 0), x) if keeps_bits(residual, activation) else None
     z = activate(z, activation)
     y.copy_(z if mask is None else torch.where(mask, z, 0))
     return bits
@@ -244,13 +244,13 @@ def upstream(
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
-    bits: Tensor,
+    bits: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """dy', which is dy after the activation's derivative, and x_bn; in the statistics' dtype, 0 where masked."""
     batch_mean, inv_std, r, d = saved.unbind()
     dy = dy.to(saved.dtype)
-    if bits.numel() > 0:
+    if bits is not None:
         dy = torch.where(layout.unpack_bits(bits, x), dy, 0)
     elif activation is not None:
         z = normalize(x, residual, weight, bias, batch_mean, inv_std, r, d)
@@ -299,11 +299,6 @@ def composed(
 def keeps_bits(residual: Tensor | None, activation: str | None) -> bool:
     """Whether the forward keeps ``bits``, so that the backward needs no residual."""
     return residual is not None and activation == "relu"
-
-
-def empty_bits(x: Tensor) -> Tensor:
-    """The ``bits`` of a call that keeps none."""
-    return torch.empty(0, dtype=torch.uint8, device=x.device)
 
 
 def update_running(running: Tensor, batch: Tensor, factor: Tensor | float, valid: Tensor) -> None:

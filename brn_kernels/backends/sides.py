@@ -1,9 +1,14 @@
-"""Tensors as the compiled backends see them: memory in the layout of the call, and its two strides."""
+"""How the tensors of a call lie in memory, as the compiled backends see it: in the layout of x, by two strides each.
+
+What follows from shapes and strides alone is found once: training repeats them, and small layers are host-bound.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,45 +17,82 @@ from . import layout
 from .layout import Layout
 
 
-class Side(NamedTuple):
-    """A tensor whose memory fits the layout of the call, with its (outer, channel) strides there.
+@dataclass(frozen=True, eq=False)  # each is found again by what it is made of, and hashed by its identity
+class Memory:
+    """The memory of x, of other tensors of its shape, and of ``torch.empty_like(x)``, in turn.
 
-    The channel stride is 0 in channels_last, where channels are columns of a row. The strides of no tensor are such as
-    stand in nobody's way.
+    ``strides`` are (outer, channel) of each. The channel stride is 0 in channels_last, where channels are columns of a
+    row. Those of a tensor that is absent stand in nobody's way.
     """
 
-    tensor: Tensor | None
-    strides: tuple[int, int]
-
-    def copy_to(self, wanted: Tensor) -> None:
-        """Bring the values to the tensor they were wanted in, if they are not written there already."""
-        if self.tensor is not None and self.tensor is not wanted:
-            wanted.copy_(self.tensor)
+    layout: Layout
+    strides: tuple[tuple[int, int], ...]
+    fits: bool  # else some of them must be copied first, and the strides mean nothing
 
 
-def readable(tensor: Tensor | None, shape: Layout) -> Side:
-    """The tensor, or a dense copy of it in the layout of the call if its memory does not fit that."""
-    side = writable(tensor, shape)
-    if tensor is not None and side.tensor is not None and side.tensor is not tensor:
-        side.tensor.copy_(tensor)
-    return side
+def memory_of(x: Tensor, *others: Tensor | None) -> Memory:
+    """The memory of x, others and ``torch.empty_like(x)``, seen in the layout of x."""
+    return _memory(x.shape, x.stride(), *[None if t is None else t.stride() for t in others])
 
 
-def writable(tensor: Tensor | None, shape: Layout) -> Side:
-    """The tensor, or a dense one to be copied from if its memory does not fit the layout of the call."""
+@functools.lru_cache(maxsize=4096)
+def _memory(shape: torch.Size, *strides: tuple[int, ...] | None) -> Memory:
+    tensors = [None if each is None else torch.empty_strided(shape, each, device="meta") for each in strides]
+    assert tensors[0] is not None
+    seen_as = layout.layout_of(tensors[0])
+    found = [_strides(t, seen_as) for t in (*tensors, torch.empty_like(tensors[0]))]
+    return Memory(seen_as, tuple((0, 0) if each is None else each for each in found), None not in found)
+
+
+def _strides(tensor: Tensor | None, seen_as: Layout) -> tuple[int, int] | None:
+    """None if the memory does not fit the layout."""
     if tensor is None:
-        return Side(None, (0, 0 if shape.channels_last else shape.inner))
-    strides = _strides(tensor.shape, tensor.stride(), shape)
-    return Side(layout.empty_in(shape, tensor), _dense_strides(shape)) if strides is None else Side(tensor, strides)
+        return 0, 0 if seen_as.channels_last else seen_as.inner
+    found = layout.strides_in(tensor, seen_as)
+    return (found[0], 0) if found is not None and seen_as.channels_last else found
 
 
-def layout_of(x: Tensor) -> Layout:
-    """``layout.layout_of``, found once for each shape and strides."""
-    return _layout(x.shape, x.stride())
+def copied(tensor: Tensor, seen_as: Layout) -> Tensor:
+    """A dense copy in the layout."""
+    return layout.empty_in(seen_as, tensor).copy_(tensor)
+
+
+def forward_of_copies(
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor | None]], x: Tensor, residual: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``forward`` of a call whose memory does not fit: what does not is copied."""
+    seen_as, source = _fitting_x(x)
+    y, saved, bits = forward(source, _fitting(residual, seen_as), *rest)
+    return y if source is x else torch.empty_like(x).copy_(y), saved, bits
+
+
+def backward_of_copies(
+    backward: Callable[..., tuple[Tensor | None, Tensor, Tensor, Tensor | None]],
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """``backward``, likewise."""
+    seen_as, source = _fitting_x(x)
+    dx, dweight, dbias, dresidual = backward(_fitting(dy, seen_as), source, _fitting(residual, seen_as), *rest)
+    if source is not x:
+        dx, dresidual = (None if t is None else torch.empty_like(x).copy_(t) for t in (dx, dresidual))
+    return dx, dweight, dbias, dresidual
+
+
+def _fitting_x(x: Tensor) -> tuple[Layout, Tensor]:
+    """The layout, and x, or a copy if its memory, or that of what is computed from it, does not fit."""
+    memory = memory_of(x)
+    return memory.layout, x if memory.fits else copied(x, memory.layout)
+
+
+def _fitting(tensor: Tensor | None, seen_as: Layout) -> Tensor | None:
+    return tensor if tensor is None or _strides(tensor, seen_as) is not None else copied(tensor, seen_as)
 
 
 def dense(values: Tensor | None) -> Tensor | None:
-    """Values per channel as the kernels read them: one after the other."""
+    """Small tensors as the kernels read them: one value after the other."""
     return None if values is None else values.contiguous()
 
 
@@ -59,22 +101,3 @@ def copy_back(updated: tuple[tuple[Tensor | None, Tensor | None], ...]) -> None:
     for ours, theirs in updated:
         if ours is not None and theirs is not None and ours is not theirs:
             theirs.copy_(ours)
-
-
-# What follows from shapes and strides alone is found once: training repeats them, and small layers are host-bound.
-
-
-@functools.lru_cache(maxsize=4096)
-def _layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout:
-    return layout.layout_of(torch.empty_strided(shape, strides, device="meta"))
-
-
-@functools.lru_cache(maxsize=4096)
-def _strides(shape: torch.Size, strides: tuple[int, ...], seen_as: Layout) -> tuple[int, int] | None:
-    found = layout.strides_in(torch.empty_strided(shape, strides, device="meta"), seen_as)
-    return (found[0], 0) if found is not None and seen_as.channels_last else found
-
-
-def _dense_strides(shape: Layout) -> tuple[int, int]:
-    outer, channel = layout.dense_strides(shape)
-    return outer, 0 if shape.channels_last else channel

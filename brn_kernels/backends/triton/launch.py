@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import layout, reference, sides
-from ..layout import Layout
-from ..sides import copy_back, dense, readable, writable
+from ..sides import Memory, copy_back, dense
 from . import config, kernels_backward, kernels_forward, launcher
 from .config import Launch
 from .kernels_common import ACTIVATION_CODES, tl
 from .launcher import Constants
 from .tickets import tickets
 
+_NOTHING_TO_DO = contextlib.nullcontext()
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -49,76 +50,72 @@ def forward(
     activation: str | None,
     coefficients: Tensor | None = None,
     auto_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """``reference.forward`` in two launches, or in one."""
     if not is_fused(x, residual, mask, activation):
         return reference.forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
             momentum, eps, activation, auto_state,
         )  # fmt: skip
-    shape = sides.layout_of(x)
-    source, extra = readable(x, shape), readable(residual, shape)
-    y = torch.empty_like(x)
-    target = writable(y, shape)
+    memory = sides.memory_of(x, residual)
+    if not memory.fits:
+        return sides.forward_of_copies(
+            forward, x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits,
+            schedule, momentum, eps, activation, coefficients, auto_state,
+        )  # fmt: skip
     kept = reference.keeps_bits(residual, activation)
-    plan = _plan(
-        "forward", shape, source.strides + extra.strides + target.strides, x.dtype, x.device, activation, kept,
-        momentum is None,
-    )  # fmt: skip
+    plan = _plan("forward", memory, x.dtype, x.device, activation, kept, momentum is None)
     launch = plan.launch
 
-    saved = torch.empty(4, shape.channels, dtype=plan.acc, device=x.device)
-    bits = torch.empty(layout.bits_shape(x), dtype=torch.uint8, device=x.device) if kept else reference.empty_bits(x)
+    y = torch.empty_like(x)
+    saved = torch.empty(4, memory.layout.channels, dtype=plan.acc, device=x.device)
+    bits = torch.empty(layout.bits_shape(memory.layout), dtype=torch.uint8, device=x.device) if kept else None
     workspace = None
     if coefficients is not None or not launch.alone:
         workspace = torch.empty(plan.workspace, dtype=plan.acc, device=x.device)
     r_max, d_max, hold, r_ramp, d_ramp = schedule
     weight, bias, limits = dense(weight), dense(bias), dense(limits)
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
-    dense_state, bits_or_none = dense(auto_state), bits if kept else None
+    dense_state = dense(auto_state)
     integers = (*plan.integers, int(hold), int(r_ramp), int(d_ramp))
     floats = (r_max, d_max, 0.0 if momentum is None else momentum, eps, plan.values)
     resident, stream = kernels_forward.resident_forward_kernel, kernels_forward.stream_kernel
     with _on_device(x):
         launcher.launch(
             resident if launch.resident else stream, launch.grid,
-            (source.tensor, extra.tensor, target.tensor, bits_or_none, weight, bias, dense_mean, dense_var,
-             _as_bytes(dense_clipped), num_batches_tracked, limits, dense_state, saved, workspace,
-             tickets(x.device, plan.tickets)),
+            (x, residual, y, bits, weight, bias, dense_mean, dense_var, dense_clipped,
+             num_batches_tracked, limits, dense_state, saved, workspace, tickets(x.device, plan.tickets)),
             integers, floats, plan.summing, x.device,
         )  # fmt: skip
         if not launch.alone:
             launcher.launch(
                 kernels_forward.repair_kernel, launch.grid,
-                (source.tensor, extra.tensor, target.tensor, bits_or_none, num_batches_tracked, workspace),
+                (x, residual, y, bits, num_batches_tracked, workspace),
                 plan.integers, (), plan.writing, x.device,
             )  # fmt: skip
-    target.copy_to(y)
     copy_back(
         ((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped), (dense_state, auto_state))
     )
     if coefficients is not None:
         assert workspace is not None  # made above
-        coefficients.copy_(_coefficients(workspace, launch)[:3, : shape.channels])
+        coefficients.copy_(_coefficients(workspace, launch)[:3, : memory.layout.channels])
     return y, saved, bits
 
 
 def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     """Y of the ``coefficients`` that ``forward`` filled: every channel is repaired."""
-    shape = sides.layout_of(x)
-    source = readable(x, shape)
+    memory = sides.memory_of(x, None)
+    if not memory.fits:
+        return torch.empty_like(x).copy_(apply(sides.copied(x, memory.layout), coefficients, activation))
     y = torch.empty_like(x)
-    target = writable(y, shape)
-    strides = source.strides + readable(None, shape).strides + target.strides
-    plan = _plan("apply", shape, strides, x.dtype, x.device, activation, False)
+    plan = _plan("apply", memory, x.dtype, x.device, activation, False)
     workspace = torch.ones(plan.workspace, dtype=coefficients.dtype, device=x.device)
-    _coefficients(workspace, plan.launch)[:3, : shape.channels] = coefficients
+    _coefficients(workspace, plan.launch)[:3, : memory.layout.channels] = coefficients
     with _on_device(x):
         launcher.launch(
-            kernels_forward.repair_kernel, plan.launch.grid,
-            (source.tensor, None, target.tensor, None, None, workspace), plan.integers, (), plan.writing, x.device,
+            kernels_forward.repair_kernel, plan.launch.grid, (x, None, y, None, None, workspace), plan.integers, (),
+            plan.writing, x.device,
         )  # fmt: skip
-    target.copy_to(y)
     return y
 
 
@@ -130,32 +127,32 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
-    bits: Tensor,
+    bits: Tensor | None,
     activation: str | None,
     needs_dx: bool,
     needs_dresidual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """``reference.backward`` in two launches, or in one."""
-    kept = bits.numel() > 0
-    if not is_fused(x, None if kept else residual, mask, activation):
+    if bits is not None:
+        residual = None
+    if not is_fused(x, residual, mask, activation):
         return reference.backward(
             dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual
         )
-    shape = sides.layout_of(x)
-    upstream, source = readable(dy, shape), readable(x, shape)
-    dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
-    dresidual = torch.empty_like(x) if needs_dresidual else x.new_empty(0)
-    to_x = writable(dx if needs_dx else None, shape)
-    to_residual = writable(dresidual if needs_dresidual else None, shape)
-    strides = upstream.strides + source.strides + to_x.strides + to_residual.strides
-    plan = _plan("backward", shape, strides, x.dtype, x.device, activation, kept)
+    memory = sides.memory_of(x, dy)
+    if not memory.fits:
+        return sides.backward_of_copies(
+            backward, dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual
+        )
+    plan = _plan("backward", memory, x.dtype, x.device, activation, bits is not None)
     launch, acc = plan.launch, plan.acc
 
-    weight, bias, saved, bits = dense(weight), dense(bias), saved.contiguous(), bits.contiguous()
-    dweight = torch.empty(shape.channels, dtype=acc, device=x.device)
-    dbias = torch.empty(shape.channels, dtype=acc, device=x.device)
-    tensors = (upstream.tensor, source.tensor, bits if kept else None, weight, bias, saved)
-    targets = (to_x.tensor, to_residual.tensor)
+    weight, bias, saved, bits = dense(weight), dense(bias), saved.contiguous(), dense(bits)
+    dx = torch.empty_like(x) if needs_dx else None
+    dresidual = torch.empty_like(x) if needs_dresidual else None
+    dweight = torch.empty(memory.layout.channels, dtype=acc, device=x.device)
+    dbias = torch.empty(memory.layout.channels, dtype=acc, device=x.device)
+    tensors, targets = (dy, x, bits, weight, bias, saved), (dx, dresidual)
     resident, alone = kernels_backward.resident_backward_kernel, kernels_backward.alone_kernel
     with _on_device(x):
         if launch.resident or (launch.alone and (needs_dx or needs_dresidual)):
@@ -175,8 +172,6 @@ def backward(
                     kernels_backward.apply_kernel, launch.grid, (*tensors, *targets, workspace),
                     plan.integers, (), plan.writing, x.device,
                 )  # fmt: skip
-    to_x.copy_to(dx)
-    to_residual.copy_to(dresidual)
     return dx, dweight, dbias, dresidual
 
 
@@ -196,8 +191,7 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _plan(
     direction: str,
-    shape: Layout,
-    strides: tuple[int, ...],
+    memory: Memory,
     dtype: torch.dtype,
     device: torch.device,
     activation: str | None,
@@ -207,6 +201,11 @@ def _plan(
     """Of a "forward", a "backward", or an "apply": a forward that only writes."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     is_backward = direction == "backward"
+    shape, sides_in_turn = memory.layout, memory.strides
+    if is_backward:
+        x, dy, like_x = memory.strides
+        sides_in_turn = dy, x, like_x, like_x
+    strides = tuple(itertools.chain(*sides_in_turn))
     kernels: ModuleType = kernels_backward if is_backward else kernels_forward
     launch = config.launch_for(
         "backward" if is_backward else "forward", shape, dtype.itemsize, strides, config.multiprocessors_of(device),
@@ -244,12 +243,8 @@ def _coefficients(workspace: Tensor, launch: Launch) -> Tensor:
     return workspace[: rows * launch.padded_channels].view(rows, launch.padded_channels)
 
 
-def _as_bytes(flags: Tensor | None) -> Tensor | None:
-    return None if flags is None else flags.view(torch.uint8)
-
-
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be x's."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if x.device.type != "cuda" or x.device.index == torch._C._cuda_getDevice():  # a CUDA tensor has initialized CUDA
+        return _NOTHING_TO_DO
     return torch.cuda.device(x.device)

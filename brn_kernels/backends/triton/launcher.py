@@ -2,12 +2,14 @@
 
 ``kernel[grid](...)`` looks at every argument's type and value to find the compiled kernel: a small layer's most time.
 Here a compiled kernel is found by what it depends on and nothing else: its constants, which remember what was compiled
-for them, the dtypes of its pointers and whether all are aligned to 16 bytes, and the device. Sizes and strides are
+for them, the dtypes of its pointers and whether all are aligned to 16 bytes. Sizes and strides are
 never specialized on (``SIZES``), which is what makes that enough.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ _known = triton.__version__.rpartition(".")[0] in _VERSIONS
 
 
 class Constants:
-    """A launch's constexprs and Triton's options, by name, and the kernels compiled with them."""
+    """Constexprs and Triton's options of launches on one device, by name, and the kernels compiled with them."""
 
     def __init__(self, **values: Any) -> None:
         self.values = values
@@ -31,7 +33,7 @@ class Constants:
 
 def launch(
     kernel: Any,
-    grid: tuple[int, ...],
+    grid: tuple[int, int],
     pointers: tuple[Tensor | None, ...],
     integers: tuple[int, ...],
     floats: tuple[float, ...],
@@ -43,32 +45,35 @@ def launch(
     Args:
         kernel: whose parameters come in this order: pointers, integers, floats, constants. None of its integers may
             be specialized on (``SIZES``), and its floats have a dtype.
-        grid: programs in each of up to three dimensions.
-        pointers: tensors on ``device``, or None.
+        grid: programs in each dimension.
+        pointers: tensors on ``device``, or None; bool tensors are bytes to the kernel.
         integers: sizes and strides.
         floats: all other numbers.
         constants: all else.
-        device: the current device.
+        device: the current device, always the same for the same constants.
     """
-    if device.type != "cuda" or not _known or not isinstance(kernel, JITFunction) or _is_observed():
-        kernel[grid](*pointers, *integers, *floats, **constants.values)
-        return
-    addresses = [None if t is None else t.data_ptr() for t in pointers]
-    if max(integers) > _INT32_MAX or any(address is not None and address % ALIGNMENT for address in addresses):
-        kernel[grid](*pointers, *integers, *floats, **constants.values)  # rare, and compiled by which of them it is
-        return
-    key = (id(kernel), device.index, *[None if t is None else t.dtype for t in pointers])
+    key = (id(kernel), *[None if t is None else t.dtype for t in pointers])
     found = constants.compiled.get(key)
-    if found is None:
-        compiled = kernel[grid](*pointers, *integers, *floats, **constants.values)
-        names = kernel.arg_names[len(pointers) + len(integers) + len(floats) :]
-        constants.compiled[key] = (compiled, tuple(constants.values[name] for name in names))
-        return
-    compiled, rest = found
-    compiled.run(
-        grid[0], grid[1] if len(grid) > 1 else 1, 1, torch._C._cuda_getCurrentRawStream(device.index),
-        compiled.function, compiled.packed_metadata, None, None, None, *addresses, *integers, *floats, *rest,
-    )  # fmt: skip
+    if found is not None:
+        addresses = [None if t is None else t.data_ptr() for t in pointers]
+        if _is_as_compiled(addresses, integers) and not _is_observed():
+            compiled, rest = found
+            compiled.run(
+                *grid, 1, torch._C._cuda_getCurrentRawStream(device.index), compiled.function, compiled.packed_metadata,
+                None, None, None, *addresses, *integers, *floats, *rest,
+            )  # fmt: skip
+            return
+    as_bytes = [t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t for t in pointers]
+    compiled = kernel[grid](*as_bytes, *integers, *floats, **constants.values)
+    if found is None and device.type == "cuda" and _known and isinstance(kernel, JITFunction):
+        if _is_as_compiled([None if t is None else t.data_ptr() for t in pointers], integers):
+            names = kernel.arg_names[len(pointers) + len(integers) + len(floats) :]
+            constants.compiled[key] = (compiled, tuple(constants.values[name] for name in names))
+
+
+def _is_as_compiled(addresses: list[int | None], integers: tuple[int, ...]) -> bool:
+    """Whether Triton would launch what it compiles for aligned pointers and 32-bit integers; the rest is rare."""
+    return max(integers) <= _INT32_MAX and functools.reduce(operator.or_, filter(None, addresses)) % ALIGNMENT == 0
 
 
 def _is_observed() -> bool:

@@ -26,10 +26,16 @@ def tickets(device: torch.device, count: int) -> Tensor:
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    with _taking:
-        if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
+        with _taking:
             return _of_reserve(device, count)
-        key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    counters = _counters.get(key)
+    return counters if counters is not None and counters.numel() >= count else _more(device, key, count)
+
+
+def _more(device: torch.device, key: tuple[int | None, int], count: int) -> Tensor:
+    with _taking:
         counters = _counters.get(key)
         if counters is None or counters.numel() < count:
             if counters is not None:
