@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("out", type=Path, metavar="CSV")
     profile.set_defaults(run=_profile)
 
+    host = commands.add_parser("host", help="the host's time of a small layer, kernels left out; needs no GPU")
+    host.add_argument("out", type=Path, metavar="CSV")
+    host.add_argument("--seconds", type=float, default=20.0, help="in all (default: %(default)s)")
+    host.set_defaults(run=_host)
+
     predict = commands.add_parser("predict", help="how long the Triton kernels should take, by a model; needs no GPU")
     predict.add_argument("out", type=Path, metavar="CSV")
     predict.add_argument("--gpu", choices=MODELLED, default="h100", help="default: %(default)s")
@@ -184,6 +189,17 @@ def _profile(arguments: argparse.Namespace) -> int:
     from .profile import run
 
     print(run(arguments.out))
+    return 0
+
+
+def _host(arguments: argparse.Namespace) -> int:
+    try:
+        from .host import run
+    except ImportError as error:
+        raise ValueError(f"this runs the code that launches Triton kernels, which needs Triton: {error}") from error
+
+    path = run(arguments.out, arguments.seconds)
+    print(path.read_text(), end="")
     return 0
 
 

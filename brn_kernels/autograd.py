@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, ops, recompute
+from . import backends, distributed, ops, recompute
 from .backends import layout, reference
 
 
@@ -15,7 +15,7 @@ class BatchRenormFunction(torch.autograd.Function):
     """Training-mode Batch Renormalization; gradients for x, residual, weight and bias, with r and d constant.
 
     ``rest`` are the arguments of ``ops.forward`` after the differentiable ones, without ``coefficients``, and whether
-    the call is an ordinary one, which nobody but autograd sees.
+    the call is an ordinary one: its own process's, and seen by nobody but autograd. Then its backend is called at once.
     """
 
     # Not split into forward and setup_context: PyTorch then inspects the signature at every call, which takes longer
@@ -32,13 +32,17 @@ class BatchRenormFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.eps, ctx.activation, ctx.backend, traced, ctx.process_group, auto_state, ordinary = rest[7:]
         call = None
-        if not (ordinary or traced):
-            auto = auto_state is not None and distributed.group_of(ctx.process_group) is None
-            call = recompute.begin(x, residual, mask, weight, bias, ctx.activation, ctx.backend, auto)
-        run: Any = ops.forward_implementation if ordinary else ops.run_forward
-        y, saved, bits = run(
-            x, residual, mask, weight, bias, *rest[:-2], None if call is None else call.coefficients, auto_state
-        )
+        if ordinary:
+            kernels = backends.resolve(ctx.backend, x.device.type)
+            y, saved, bits = kernels.forward(x, residual, mask, weight, bias, *rest[:9], auto_state=auto_state)
+        else:
+            if not traced:
+                auto = auto_state is not None and distributed.group_of(ctx.process_group) is None
+                call = recompute.begin(x, residual, mask, weight, bias, ctx.activation, ctx.backend, auto)
+            coefficients = None if call is None else call.coefficients
+            y, saved, bits = ops.run_forward(
+                x, residual, mask, weight, bias, *rest[:-2], coefficients, auto_state
+            )  # fmt: skip
         ctx.set_materialize_grads(False)
         if ctx.activation is None or reference.keeps_bits(residual, ctx.activation):
             residual = None  # the backward does without it

@@ -109,7 +109,7 @@ def renormalize(
         mask = mask.unsqueeze(1)
     if not training:
         return _evaluate(x, residual, mask, weight, bias, running_mean, running_var, eps, activation)
-    ordinary = _is_ordinary(x)
+    ordinary = process_group is None and _is_ordinary(x)
     traced = not ordinary and torch.compiler.is_compiling()
     if not ordinary:
         if running_mean is not None and running_var is not None and not traced:
@@ -138,10 +138,8 @@ def renormalize(
 def _is_ordinary(x: Tensor) -> bool:
     """Whether it is an eager call with gradients that nothing else looks at, or will run again, as most are."""
     return (
-        not torch.compiler.is_compiling()
+        not ops.is_observed(x)
         and torch.is_grad_enabled()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not ops.is_observed(x)
         and forward_ad._current_level < 0
         and torch._C._current_graph_task_id() == -1
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None

@@ -86,7 +86,7 @@ def test_no_bit_depends_on_the_prediction(shape, channels_last, dtype, threads):
 def test_same_threads_same_bits(count, threads):
     threads(count)
     for channels_last in (False, True):
-        case = Case((12, 5, 70, 70), torch.float32, channels_last)
+        case = Case((12, 5, 70, 70), torch.float32, channels_last, residual=True, activation="relu")
         first, _ = case.run()
         for _ in range(5):
             again, _ = case.run()

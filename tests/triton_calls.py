@@ -81,6 +81,7 @@ def run(backend, arguments, dy=None, bits_moved=0, saved_moved=0, **needs):
 def assert_same(ours, truth):
     for name, expected in truth.items():
         if expected is None:
+            assert ours[name] is None, name
             continue
         assert ours[name].dtype == expected.dtype, name
         if expected.is_floating_point():

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 ALIGNMENT = 16
 _INT32_MAX = 2**31 - 1
 _VERSIONS = ("3.6", "3.7", "3.8")  # whose compiled kernels are launched as below
-_known = triton.__version__.rpartition(".")[0] in _VERSIONS
+_version_is_known = triton.__version__.rpartition(".")[0] in _VERSIONS
 
 
 class Constants:
@@ -65,7 +65,7 @@ def launch(
             return
     as_bytes = [t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t for t in pointers]
     compiled = kernel[grid](*as_bytes, *integers, *floats, **constants.values)
-    if found is None and device.type == "cuda" and _known and isinstance(kernel, JITFunction):
+    if found is None and _is_known(kernel, device):
         if _is_as_compiled([None if t is None else t.data_ptr() for t in pointers], integers):
             names = kernel.arg_names[len(pointers) + len(integers) + len(floats) :]
             constants.compiled[key] = (compiled, tuple(constants.values[name] for name in names))
@@ -74,6 +74,11 @@ def launch(
 def _is_as_compiled(addresses: list[int | None], integers: tuple[int, ...]) -> bool:
     """Whether Triton would launch what it compiles for aligned pointers and 32-bit integers; the rest is rare."""
     return max(integers) <= _INT32_MAX and functools.reduce(operator.or_, filter(None, addresses)) % ALIGNMENT == 0
+
+
+def _is_known(kernel: Any, device: torch.device) -> bool:
+    """Whether it is a compiled kernel (not an interpreted one, say), of a Triton that is known to launch as above."""
+    return device.type == "cuda" and _version_is_known and isinstance(kernel, JITFunction)
 
 
 def _is_observed() -> bool:
