@@ -23,7 +23,7 @@ def compile_into(directory):
     except ModuleNotFoundError as error:
         sys.exit(f"BRN_BUILD_NATIVE=1 needs {error.name}: install it and add --no-build-isolation")
     try:
-        brn_build.build(directory=directory, progress=lambda line: print(line, flush=True))
+        brn_build.build(directory=directory, autograd=False, progress=lambda line: print(line, flush=True))
     except brn_build.BuildError as error:
         sys.exit(f"BRN_BUILD_NATIVE=1: {error}")
     (directory / brn_build.place.LOCK).unlink()

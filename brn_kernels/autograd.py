@@ -16,6 +16,7 @@ class BatchRenormFunction(torch.autograd.Function):
 
     ``rest`` are the arguments of ``ops.forward`` after the differentiable ones, without ``coefficients``, and whether
     the call is an ordinary one: its own process's, and seen by nobody but autograd. Then its backend is called at once.
+    ``node.py`` does the same faster, for such calls alone, where it has been built.
     """
 
     # Not split into forward and setup_context: PyTorch then inspects the signature at every call, which takes longer
@@ -58,36 +59,66 @@ class BatchRenormFunction(torch.autograd.Function):
             if ctx.process_group is None:
                 return (None,) * 6
             dy = torch.zeros_like(ctx.saved_tensors[0])  # other processes wait for this one's sums
-        x, residual, mask, weight, bias, saved, bits = ctx.saved_tensors
+        x, residual, mask, *others = ctx.saved_tensors
         if ctx.channels_last is not None:  # the bits are in the order that x had
             x = layout.kept_in(x, ctx.channels_last)
         needs_dx, needs_dresidual, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if distributed.group_of(ctx.process_group) is not None:
-                raise RuntimeError("second derivatives through statistics of several processes are not implemented")
-            return _differentiable_backward(ctx, dy, x, residual, mask, weight, bias, saved, bits)
-
-        dresidual_is_dy = needs_dresidual and ctx.activation is None and mask is None
-        dx, dweight, dbias, dresidual = ops.run_backward(
-            dy, x, residual, mask, weight, bias, saved, bits, ctx.activation,
-            needs_dx, needs_dresidual and not dresidual_is_dy, ctx.backend, ctx.process_group,
+        dx, dresidual, dweight, dbias = gradients(
+            dy, (x, residual, *others), (needs_dx, needs_dresidual, needs_dweight, needs_dbias), ctx.eps,
+            ctx.activation, ctx.backend, mask, ctx.process_group,
         )  # fmt: skip
-        return (
-            dx,
-            dy if dresidual_is_dy else dresidual,
-            None,
-            _cast(dweight, weight) if needs_dweight else None,
-            _cast(dbias, bias) if needs_dbias else None,
-            None,
-        )
+        return dx, dresidual, None, dweight, dbias, None
 
 
-def _cast(gradient: Tensor, parameter: Tensor) -> Tensor:
+def gradients(
+    dy: Tensor,
+    kept: tuple[Tensor | None, ...],
+    needs: tuple[bool, bool, bool, bool],
+    eps: float,
+    activation: str | None,
+    backend: str,
+    mask: Tensor | None = None,
+    process_group: str | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Those of x, residual, weight and bias, as far as ``needs`` says.
+
+    Args:
+        dy: the gradient of y.
+        kept: x, residual (None if the backward does without it), weight, bias, and the forward's saved and bits.
+        needs: which gradients.
+        eps: of the call.
+        activation: of the call.
+        backend: the name in force at the forward.
+        mask: of the call.
+        process_group: of the call.
+    """
+    x, residual, weight, bias, saved, bits = kept
+    assert x is not None and saved is not None
+    needs_dx, needs_dresidual, needs_dweight, needs_dbias = needs
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if distributed.group_of(process_group) is not None:
+            raise RuntimeError("second derivatives through statistics of several processes are not implemented")
+        return _differentiable(dy, x, residual, mask, weight, bias, saved, bits, needs, eps, activation)
+
+    dresidual_is_dy = needs_dresidual and activation is None and mask is None
+    dx, dweight, dbias, dresidual = ops.run_backward(
+        dy, x, residual, mask, weight, bias, saved, bits, activation,
+        needs_dx, needs_dresidual and not dresidual_is_dy, backend, process_group,
+    )  # fmt: skip
+    return (
+        dx,
+        dy if dresidual_is_dy else dresidual,
+        _cast(dweight, weight) if needs_dweight else None,
+        _cast(dbias, bias) if needs_dbias else None,
+    )
+
+
+def _cast(gradient: Tensor, parameter: Tensor | None) -> Tensor:
+    assert parameter is not None  # its gradient is asked for
     return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)  # asking is the quicker
 
 
-def _differentiable_backward(
-    ctx: Any,
+def _differentiable(
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -96,20 +127,23 @@ def _differentiable_backward(
     bias: Tensor | None,
     saved: Tensor,
     bits: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+    eps: float,
+    activation: str | None,
 ) -> tuple[Tensor | None, ...]:
-    """The backward under ``create_graph=True``: itself made of differentiable operations."""
-    activation = ctx.activation
+    """The gradients under ``create_graph=True``: made of differentiable operations."""
     if bits is not None:
         dy, activation = torch.where(layout.unpack_bits(bits, x), dy, 0), None
-    inputs = [x, residual, mask, weight, bias]
     # aliases, so that a tensor given twice (as x and as residual) gets each gradient apart
-    aliases = [None if t is None else t.view_as(t) for t in inputs]
-    y = reference.composed(*aliases, saved, ctx.eps, activation)  # type: ignore[arg-type, call-arg]
-    wanted = {i: t for i, t in enumerate(aliases) if t is not None and ctx.needs_input_grad[i]}
-    gradients: list[Tensor | None] = [None] * 6
+    aliases = [None if t is None else t.view_as(t) for t in (x, residual, weight, bias)]
+    of_x, of_residual, of_weight, of_bias = aliases
+    assert of_x is not None
+    y = reference.composed(of_x, of_residual, mask, of_weight, of_bias, saved, eps, activation)
+    wanted = {i: t for i, t in enumerate(aliases) if t is not None and needs[i]}
+    gradients: list[Tensor | None] = [None] * 4
     found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=True, allow_unused=True)
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
-    if ctx.needs_input_grad[1] and residual is None:  # not saved, since its gradient is dy'
+    if needs[1] and residual is None:  # not saved, since its gradient is dy'
         gradients[1] = dy if mask is None else torch.where(mask, dy, 0)
     return tuple(gradients)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, available_backends, backends
+from . import __version__, available_backends, backends, node
 from .cli_user import add_advise, add_tune
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "tabulate", "tqdm", "torchvision", "timm")
@@ -117,6 +117,7 @@ def _gather_info() -> dict[str, dict[str, str]]:
             devices[f"{accelerator.type}:{index}"] = _describe(accelerator.type, index)
 
     choice = {"selected": backends.selected()}
+    choice["backward"] = "in Python (`brn build`)" if node.module() is None else "in C++"
     for device_type in device_types:
         choice[f"used on {device_type}"] = backends.resolve(choice["selected"], device_type).__name__.rpartition(".")[2]
     why = {name: "available" if reason is None else f"no: {reason}" for name, reason in available_backends().items()}
@@ -155,10 +156,11 @@ def _build(arguments: argparse.Namespace) -> int:
     except BuildError as error:
         print(f"brn build: {error}", file=sys.stderr)
         return 1
-    for library, path in (("cpu", built.cpu), ("cuda", built.cuda)):
+    for library, path in (("cpu", built.cpu), ("cuda", built.cuda), ("autograd", built.autograd)):
         what = "compiled" if library in built.compiled else "there already"
         gpus = f" for sm_{', sm_'.join(built.architectures)}" if library == "cuda" else ""
-        print(f"{library:<4} {f'{what}{gpus}: {path}' if path else 'not asked for'}")
+        missing = "left out: it needs Python's headers" if library == "autograd" else "not asked for"
+        print(f"{library:<4} {f'{what}{gpus}: {path}' if path else missing}")
     if built.compiled:
         print(f"in {built.seconds:.0f} s")
     return 0

@@ -169,7 +169,8 @@ def _by_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def run_backward(*arguments: Any) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """``backward_implementation``, likewise."""
-    if not is_observed(arguments[0]):
+    dy = arguments[0]
+    if not is_observed(dy) and not torch._C._functorch.is_legacy_batchedtensor(dy):  # of is_grads_batched
         return backward_implementation(*arguments)
     dx, dweight, dbias, dresidual = backward(*arguments)
     needs_dx, needs_dresidual = arguments[9:11]

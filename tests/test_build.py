@@ -358,11 +358,54 @@ def test_both_libraries_are_built_and_found(csrc):
         build(architectures=["999"])
 
 
+NODE = "int node;\n"
+
+
+@needs_compiler
+def test_autograds_node_is_built_beside_the_kernels(csrc):
+    write(csrc, {"autograd/node.cpp": NODE})
+    built = build()
+    assert built.compiled == ("cpu", "autograd") and find().autograd == built.autograd
+    write(csrc, {"autograd/node.cpp": NODE + "int other;\n"})
+    assert find().autograd is None and find().cpu == built.cpu
+    assert build().compiled == ("autograd",)
+    assert build(sanitize=True).autograd is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("made_for", [{"python": "cpython-30"}, {"torch": "1.0"}], ids=["python", "torch"])
+def test_autograds_node_of_other_versions_is_not_found_even_in_the_package(csrc, made_for):
+    write(csrc, {"autograd/node.cpp": NODE})
+    built = build(directory=packaged_directory())
+    assert find().autograd == built.autograd
+    edit_manifest(built.autograd, **made_for)
+    assert find().autograd is None and find().cpu == built.cpu
+
+
+@needs_compiler
+def test_kernels_are_built_where_autograds_node_does_not_compile(csrc, tmp_path):
+    write(csrc, {"autograd/node.cpp": "this is no C++"})
+    lines = []
+    built = build(progress=lines.append)
+    assert built.compiled == ("cpu",) and built.autograd is None and find().cpu == built.cpu
+    assert "backwards stay in Python" in lines[-1] and "node.cpp" in lines[-1]
+
+
+def test_without_pythons_headers_autograds_node_is_left_out(csrc, monkeypatch, tmp_path):
+    write(csrc, {"autograd/node.cpp": NODE})
+    assert recipe.can_have_node()
+    monkeypatch.setattr(recipe.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert not recipe.can_have_node()
+
+
 @needs_compiler
 def test_the_command_builds(csrc, capsys):
     assert cli.main(["build", "--no-cuda", "--in-place"]) == 0
     said = capsys.readouterr()
-    assert f"cpu  compiled: {find().cpu}\ncuda not asked for\nin " in said.out
+    assert (
+        f"cpu  compiled: {find().cpu}\ncuda not asked for\nautograd left out: it needs Python's headers\nin "
+        in said.out
+    )
     assert "[1/" in said.err
     assert cli.main(["build"]) == 0
     assert f"cpu  there already: {find().cpu}" in capsys.readouterr().out

@@ -23,6 +23,14 @@ def test_the_cuda_sources_compile(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.skipif(not recipe.can_have_node(), reason="Python's headers are missing")
+def test_autograds_node_compiles(tmp_path):
+    kit = tools.gather(cuda=False)
+    manifest = recipe.manifest("autograd", [], False, kit)
+    assert place.ensure(tmp_path, [manifest], kit, say=print) == ("autograd",)
+
+
+@needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has more than one instruction set")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 def test_kernels_of_an_instruction_set_define_nothing_the_linker_could_merge(tmp_path):
@@ -60,7 +68,7 @@ def test_wheels_carry_csrc_and_the_libraries_if_asked(tmp_path, libraries):
     shutil.copytree(CHECKOUT / "brn_kernels", tmp_path / "brn_kernels", ignore=ours)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(CHECKOUT / name, tmp_path)
-    write(tmp_path / "csrc", STAND_INS)
+    write(tmp_path / "csrc", STAND_INS | {"autograd/node.cpp": "int node;\n"})  # of one Python and one PyTorch
     for folder in ("brn_kernels", "build/lib/brn_kernels"):
         write(tmp_path / folder / "_native", {"brn_kernels_cpu-0.so": "of the checkout, or of an earlier build"})
     command = "import setuptools.build_meta as meta; print(meta.build_wheel('dist'))"

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,6 +176,40 @@ def backward(
         _workspace(x, shape),
     )  # fmt: skip
     return dx, dweight, dbias, dresidual
+
+
+def backward_kernels(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    has_bits: bool,
+    needs_dx: bool,
+    needs_dresidual: bool,
+) -> tuple[Any, ...] | None:
+    """What ``csrc/autograd`` needs to run this backward, of a dy that lies as x does; None if it cannot.
+
+    ``residual`` is the one the backward reads.
+    """
+    if x.numel() == 0 or not _are_dense(weight, bias):
+        return None
+    memory = sides.memory_of(x, residual)
+    if not memory.fits:
+        return None
+    of_x, of_residual, of_results = memory.strides
+    strides = (*of_x, *of_x, *of_residual, *of_results, *of_results)
+    workspace = _workspace_bytes(memory.layout, x.dtype, x.device)
+    return tuple(memory.layout), strides, ACTIVATION_CODES[activation], workspace
+
+
+def is_profiled() -> bool:
+    """Whether a profiler must hear of each launch: PyTorch's hears of operators, by themselves."""
+    return False
+
+
+def _are_dense(*vectors: Tensor | None) -> bool:
+    return all(vector is None or vector.is_contiguous() for vector in vectors)
 
 
 def _workspace(x: Tensor, shape: layout.Layout) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Compiles the native backend from csrc/, and finds what was compiled.
 
-There are two libraries, ``cpu`` and ``cuda``. Beside each lies its manifest, which says what it was compiled from, by
+There are three libraries: ``cpu``, ``cuda``, and ``autograd``, a Python module, which alone is good for one version of
+PyTorch and one of Python. Beside each lies its manifest, which says what it was compiled from, by
 what, and for what; a library whose manifest does not fit is never taken.
 
 setup.py loads this package by its path: nothing in it imports anything else of brn_kernels.
@@ -31,6 +32,7 @@ class Built:
     Attributes:
         cpu: The library to load for CPUs; load it first, it defines the operators.
         cuda: The library to load for GPUs, or None if there is none.
+        autograd: The module of autograd's node, or None if there is none.
         architectures: The GPUs ``cuda`` was compiled for, for example ``("80", "90")``; it runs on newer ones too.
         compiled: Which of the libraries were compiled just now; the others were there already.
         seconds: How long that took.
@@ -38,6 +40,7 @@ class Built:
 
     cpu: Path
     cuda: Path | None = None
+    autograd: Path | None = None
     architectures: tuple[str, ...] = ()
     compiled: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -46,6 +49,7 @@ class Built:
 def build(
     *,
     cuda: bool | None = None,
+    autograd: bool = True,
     architectures: Sequence[str] | None = None,
     sanitize: bool = False,
     directory: Path | None = None,
@@ -57,6 +61,7 @@ def build(
 
     Args:
         cuda: Whether to compile the CUDA library too; None: if torch is a CUDA build and there is an nvcc.
+        autograd: Whether to compile the module of autograd's node too, where that can be: it is not worth an error.
         architectures: GPUs to compile for, for example ``["90"]`` (this implies ``cuda``); None:
             ``recipe.ARCHITECTURES``, as far as nvcc knows them.
         sanitize: With AddressSanitizer and UndefinedBehaviorSanitizer; CPU only.
@@ -75,13 +80,14 @@ def build(
         cuda = architectures is not None or by_default
     if architectures is not None:
         architectures = tools.in_order(architectures)
-    wanted = ("cpu", "cuda") if cuda else ("cpu",)
+    autograd = autograd and not sanitize and recipe.can_have_node()
+    wanted = [library for library, asked in (("cpu", True), ("cuda", cuda), ("autograd", autograd)) if asked]
     found = {}
     if directory is None:
         for library in wanted:
             at_hand = _look_for(library, sanitize, [packaged_directory()])
-            asked_for = library == "cpu" or architectures is None
-            if not isinstance(at_hand, str) and (asked_for or at_hand[1]["architectures"] == architectures):
+            as_asked = library != "cuda" or architectures is None
+            if not isinstance(at_hand, str) and (as_asked or at_hand[1]["architectures"] == architectures):
                 found[library] = at_hand
     missing = [library for library in wanted if library not in found]
     compiled: tuple[str, ...] = ()
@@ -96,7 +102,17 @@ def build(
         say = progress or (lambda _: None)
         if note := tools.newer_than_torch(kit, torch.version.cuda):
             say(note)
-        compiled = place.ensure(where, manifests, kit, say=say, spare=cache, only=directory is not None)
+        only = directory is not None
+        node = [manifest for manifest in manifests if manifest["library"] == "autograd"]
+        kernels = [manifest for manifest in manifests if manifest not in node]
+        if kernels:
+            compiled += place.ensure(where, kernels, kit, say=say, spare=cache, only=only)
+        if node:
+            try:
+                compiled += place.ensure(where, node, kit, say=say, spare=cache, only=only)
+            except BuildError as error:  # it uses what PyTorch does not promise to keep
+                manifests = kernels
+                say(f"backwards stay in Python: {error}")
         found |= {manifest["library"]: (where / recipe.file_name(manifest), manifest) for manifest in manifests}
     return _built(found, compiled, time.monotonic() - start)
 
@@ -113,8 +129,8 @@ def find(sanitize: bool = False) -> Built | str:
     cpu = _look_for("cpu", sanitize, directories)
     if isinstance(cpu, str):
         return cpu
-    cuda = _look_for("cuda", sanitize, directories)
-    return _built({"cpu": cpu} if isinstance(cuda, str) else {"cpu": cpu, "cuda": cuda})
+    others = {library: _look_for(library, sanitize, directories) for library in ("cuda", "autograd")}
+    return _built({"cpu": cpu} | {library: found for library, found in others.items() if not isinstance(found, str)})
 
 
 def packaged_directory() -> Path:
@@ -141,7 +157,8 @@ def _look_for(library: str, sanitize: bool, directories: Sequence[Path]) -> tupl
             if manifest.get("sanitize") != sanitize:
                 continue
             # the stable ABI makes a packaged one good for every torch; in the cache each torch has its own
-            reason = recipe.unfit(manifest, sources, any_torch=directory == packaged_directory())
+            stable = directory == packaged_directory() and library != "autograd"
+            reason = recipe.unfit(manifest, sources, any_torch=stable)
             if reason is None:
                 return path, manifest
             reasons.append(reason)
@@ -151,4 +168,5 @@ def _look_for(library: str, sanitize: bool, directories: Sequence[Path]) -> tupl
 
 def _built(found: dict[str, tuple[Path, Manifest]], compiled: tuple[str, ...] = (), seconds: float = 0.0) -> Built:
     cuda, manifest = found.get("cuda", (None, {}))
-    return Built(found["cpu"][0], cuda, tuple(manifest.get("architectures", ())), compiled, seconds)
+    autograd = found["autograd"][0] if "autograd" in found else None
+    return Built(found["cpu"][0], cuda, autograd, tuple(manifest.get("architectures", ())), compiled, seconds)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ EMULATED = (
     *("-DBRN_EMULATED", "-Og", "-Icsrc/emulation", "-Wno-unknown-pragmas", "-Wno-unused"),
     *("-U_FORTIFY_SOURCE",),  # it takes a jump between fibers for a mistake
 )
+AUTOGRAD_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O2")  # PyTorch's whole interface, not the stable one
 TORCH_LIBRARIES = ("-ltorch_cpu", "-ltorch", "-lc10")  # no torch_cuda: CPU builds of torch have none to link with
 
 Manifest = dict[str, Any]
@@ -60,10 +62,21 @@ def sources() -> Path | None:
     return next((csrc for csrc in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if (csrc / "ops.cpp").exists()), None)
 
 
+def can_have_node() -> bool:
+    """Whether the ``autograd`` library can be compiled: Python's headers are not everywhere."""
+    csrc = sources()
+    return (
+        csrc is not None and (csrc / "autograd").is_dir() and Path(sysconfig.get_path("include"), "Python.h").exists()
+    )
+
+
 def compilations(library: str, csrc: Path, architectures: Sequence[str], sanitize: bool) -> list[Compilation]:
     """All that goes into a library."""
     if library == "emulated":
         return _emulated(csrc)
+    if library == "autograd":
+        paths = sorted(csrc.glob("autograd/*.cpp"))
+        return [Compilation(f"autograd/{path.name}", f"autograd/{path.stem}.o", AUTOGRAD_FLAGS) for path in paths]
     return _cuda(csrc, architectures) if library == "cuda" else _cpu(csrc, sanitize)
 
 
@@ -114,6 +127,8 @@ def link_flags(library: str, sanitize: bool) -> tuple[str, ...]:
         return ("-shared", "-cudart=static", *TORCH_LIBRARIES)
     if library == "emulated":
         return ("-shared", "-Wl,-Bsymbolic", *TORCH_LIBRARIES)  # its own stream, even where torch has CUDA's
+    if library == "autograd":
+        return ("-shared", "-ltorch_python", *TORCH_LIBRARIES)  # Python's own symbols are there when it is loaded
     if sanitize or sys.platform != "linux":
         return ("-shared", *(SANITIZED if sanitize else ()), *TORCH_LIBRARIES)
     return ("-shared", "-Wl,--no-undefined", *TORCH_LIBRARIES)  # better now than when it is loaded
@@ -127,6 +142,8 @@ def commands(library: str, csrc: Path, architectures: Sequence[str], sanitize: b
     reproducible = f"-fmacro-prefix-map={torch_directory}=torch"  # of what torch's error messages quote
     cxx = [*kit.cxx, "-isystem", f"{torch_directory}/include", reproducible, "-Wall", "-Wextra"]
     host = ["-ccbin", *kit.cxx] if len(kit.cxx) == 1 else []
+    if library == "autograd":
+        cxx += ["-isystem", sysconfig.get_path("include")]
     programs = {"cxx": [*cxx, *strict], "nvcc": [kit.nvcc or "nvcc", *host]}
     found = {}
     for each in compilations(library, csrc, architectures, sanitize):
@@ -158,7 +175,7 @@ def manifest(library: str, architectures: Sequence[str], sanitize: bool, kit: Ki
     csrc = sources()
     if csrc is None:
         raise BuildError(f"the sources are missing: there is no csrc in or beside {PACKAGE}")
-    if len(compilations(library, csrc, architectures, sanitize)) < 2:
+    if len(compilations(library, csrc, architectures, sanitize)) < (1 if library == "autograd" else 2):
         raise BuildError(f"the sources are missing: there is nothing in {csrc / library}")
     return {
         "library": library,
@@ -166,6 +183,7 @@ def manifest(library: str, architectures: Sequence[str], sanitize: bool, kit: Ki
         "architectures": list(architectures),
         "machine": _machine(),
         "torch": str(torch.__version__),
+        "python": sys.implementation.cache_tag if library == "autograd" else None,
         "compiler": f"{kit.cxx_version}, {kit.nvcc_version}" if library == "cuda" else kit.cxx_version,
         "sources": digest_of_sources(library),
         "flags": _digest_of_flags(library, csrc, architectures, sanitize),
@@ -184,6 +202,8 @@ def unfit(found: Manifest, sources_digest: str | None, any_torch: bool) -> str |
         return f"compiled for {found.get('machine')} and this is {_machine()}"
     if not any_torch and found.get("torch") != torch.__version__:
         return f"compiled for torch {found.get('torch')} and this is {torch.__version__}"
+    if found.get("python") not in (None, sys.implementation.cache_tag):
+        return f"compiled for {found['python']} and this is {sys.implementation.cache_tag}"
     csrc = sources()
     if sources_digest is None or csrc is None:
         return None

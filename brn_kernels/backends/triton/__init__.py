@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 
-from .launch import apply, backward, forward, is_fused
+from .launch import apply, backward, backward_kernels, forward, is_fused
+from .launcher import is_profiled
 
-__all__ = ["apply", "backward", "forward", "is_fused", "unusable"]
+__all__ = ["apply", "backward", "backward_kernels", "forward", "is_fused", "is_profiled", "unusable"]
 
 
 def unusable(device_type: str) -> str | None:

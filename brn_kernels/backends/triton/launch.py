@@ -175,6 +175,38 @@ def backward(
     return dx, dweight, dbias, dresidual
 
 
+def backward_kernels(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    has_bits: bool,
+    needs_dx: bool,
+    needs_dresidual: bool,
+) -> tuple[Any, ...] | None:
+    """What ``csrc/autograd`` needs to run this backward, of a dy that lies as x does; None if it cannot (yet).
+
+    That is one launch, which has been made before. ``residual`` is the one the backward reads.
+    """
+    if not is_fused(x, residual, None, activation) or not all(v is None or v.is_contiguous() for v in (weight, bias)):
+        return None
+    memory = sides.memory_of(x, x)
+    if not memory.fits or not (needs_dx or needs_dresidual):
+        return None
+    plan = _plan("backward", memory, x.dtype, x.device, activation, has_bits)
+    launch, acc = plan.launch, plan.acc
+    if not launch.resident and not launch.alone:
+        return None
+    dtypes = (
+        x.dtype, x.dtype, torch.uint8 if has_bits else None, None if weight is None else weight.dtype,
+        None if bias is None else bias.dtype, acc, acc, acc, x.dtype if needs_dx else None,
+        x.dtype if needs_dresidual else None,
+    )  # fmt: skip
+    kernel = kernels_backward.resident_backward_kernel if launch.resident else kernels_backward.alone_kernel
+    return launcher.prepared(kernel, launch.grid, dtypes, plan.integers, (plan.values,), plan.summing, x.device)
+
+
 class Plan(NamedTuple):
     """What a call needs that follows from shapes, strides and dtypes: found once, since small layers are host-bound."""
 

@@ -56,7 +56,7 @@ def launch(
     found = constants.compiled.get(key)
     if found is not None:
         addresses = [None if t is None else t.data_ptr() for t in pointers]
-        if _is_as_compiled(addresses, integers) and not _is_observed():
+        if _is_as_compiled(addresses, integers) and not is_profiled():
             compiled, rest = found
             compiled.run(
                 *grid, 1, torch._C._cuda_getCurrentRawStream(device.index), compiled.function, compiled.packed_metadata,
@@ -71,6 +71,39 @@ def launch(
             constants.compiled[key] = (compiled, tuple(constants.values[name] for name in names))
 
 
+def prepared(
+    kernel: Any,
+    grid: tuple[int, int],
+    dtypes: tuple[torch.dtype | None, ...],
+    integers: tuple[int, ...],
+    floats: tuple[float, ...],
+    constants: Constants,
+    device: torch.device,
+) -> tuple[Any, ...] | None:
+    """The same launch for ``csrc/autograd``, but for the addresses; None if it has never been made by ``launch``.
+
+    Args:
+        kernel: as of ``launch``, and so are all but ``dtypes``.
+        grid: programs.
+        dtypes: of the pointers.
+        integers: sizes and strides.
+        floats: all other numbers.
+        constants: all else.
+        device: of the pointers.
+
+    Returns:
+        What is called, what finds the stream it runs on and of which device, and its arguments: before the stream,
+        between it and the addresses, and after these.
+    """
+    found = constants.compiled.get((id(kernel), *dtypes))
+    if found is None or max(integers) > _INT32_MAX:
+        return None
+    compiled, rest = found
+    middle = (compiled.function, compiled.packed_metadata, None, None, None)
+    stream_of = torch._C._cuda_getCurrentRawStream
+    return compiled.run, stream_of, device.index, (*grid, 1), middle, (*integers, *floats, *rest)
+
+
 def _is_as_compiled(addresses: list[int | None], integers: tuple[int, ...]) -> bool:
     """Whether Triton would launch what it compiles for aligned pointers and 32-bit integers; the rest is rare."""
     return max(integers) <= _INT32_MAX and functools.reduce(operator.or_, filter(None, addresses)) % ALIGNMENT == 0
@@ -81,8 +114,8 @@ def _is_known(kernel: Any, device: torch.device) -> bool:
     return device.type == "cuda" and _version_is_known and isinstance(kernel, JITFunction)
 
 
-def _is_observed() -> bool:
-    """Whether a profiler must hear of each launch."""
+def is_profiled() -> bool:
+    """Whether a profiler must hear of each launch, which it does by hooks that only Triton itself calls."""
     runtime = triton.knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if hook is not None and getattr(hook, "calls", True):

@@ -1,0 +1,483 @@
+"""The backward in C++: the same gradients as the one in Python, and whatever is not ordinary goes there."""
+
+import contextlib
+import copy
+import ctypes
+import threading
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import brn_kernels as brn
+from brn_kernels import node
+from brn_kernels.backends import reference
+
+pytestmark = pytest.mark.skipif(node.module() is None, reason="not built: run `brn build`")
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "channels_last", "with gaps")
+ACTIVATIONS = (None, "relu", "silu")
+
+
+@pytest.fixture(autouse=True)
+def native():
+    with brn.use_backend("native"):
+        yield
+
+
+@contextlib.contextmanager
+def in_python():
+    """Backwards by ``BatchRenormFunction``."""
+    with mock.patch.object(node, "module", lambda: None):
+        yield
+
+
+@contextlib.contextmanager
+def no_way_back():
+    """Fails where a backward in C++ goes to Python: plans made within have nothing to go to."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the backward was not in C++")
+
+    with mock.patch.object(node, "_plans", {}), mock.patch.object(node, "gradients", refuse):
+        yield
+
+
+def laid_out(tensor, layout):
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "with gaps":
+        return torch.cat([tensor, tensor], dim=1)[:, : tensor.shape[1]]
+    return tensor
+
+
+def made(
+    dtype=torch.float32,
+    layout="contiguous",
+    residual=False,
+    activation=None,
+    wants=(True,) * 4,
+    affine=True,
+    like_x=False,
+):
+    """A layer and its inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    layer = brn.BatchRenorm2d(6, activation=activation, affine=affine)
+    if affine:
+        layer.weight.data.normal_(1, 0.2, generator=generator)
+        layer.bias.data.normal_(generator=generator)
+        layer.weight.requires_grad_(wants[2])
+        layer.bias.requires_grad_(wants[3])
+    if like_x or dtype == torch.float64:
+        layer.to(dtype)
+    x = laid_out(normal(4, 6, 5, 3), layout).requires_grad_(wants[0])
+    extra = laid_out(normal(4, 6, 5, 3), layout).requires_grad_(wants[1]) if residual else None
+    return layer, x, extra, normal(4, 6, 5, 3)
+
+
+def asked(*tensors):
+    return [t for t in tensors if t is not None and t.requires_grad]
+
+
+def is_in_cpp(y):
+    return type(y.grad_fn).__name__ == "CppFunction"
+
+
+def compared(make, gradients):
+    """``gradients(layer, x, residual, dy)`` by C++ and by Python: the same bits, and the same statistics."""
+    layer, *inputs = make()
+    ours = gradients(layer, *inputs)
+    with in_python():
+        other, *inputs = make()
+        theirs = gradients(other, *inputs)
+    assert len(ours) == len(theirs) > 0
+    for one, another in zip(ours, theirs, strict=True):
+        assert one.dtype == another.dtype and one.stride() == another.stride()
+        assert torch.equal(one, another)
+    assert torch.equal(layer.running_var, other.running_var) and layer.num_batches_tracked == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS), like=st.sampled_from((*LAYOUTS, "expanded")),
+    residual=st.booleans(), activation=st.sampled_from(ACTIVATIONS), affine=st.booleans(),
+    like_x=st.booleans(),
+    wants=st.tuples(*[st.booleans()] * 4).filter(any),
+)  # fmt: skip
+def test_gradients_are_those_in_python(dtype, layout, like, residual, activation, affine, like_x, wants):
+    def gradients(layer, x, extra, dy):
+        y = layer(x, extra)
+        wanted = asked(x, extra, *layer.parameters())
+        if not wanted:
+            return [y]
+        dy = dy[:1, :, :1].expand(4, 6, 5, 3) if like == "expanded" else laid_out(dy, like)
+        return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
+
+    with brn.use_backend("native"):
+        compared(lambda: made(dtype, layout, residual, activation, wants, affine, like_x), gradients)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_an_ordinary_backward_is_in_cpp(layout, activation, residual):
+    with no_way_back():
+        layer, x, extra, dy = made(torch.float32, layout, residual, activation)
+        y = layer(x, extra)
+        assert is_in_cpp(y)
+        torch.autograd.grad(y, asked(x, extra, *layer.parameters()), laid_out(dy, layout))
+
+
+def test_what_stands_in_for_python_would_be_noticed():
+    with no_way_back():
+        layer, x, _, dy = made()
+        with pytest.raises(AssertionError, match="was not in C"):
+            layer(x).backward(dy[:1].expand_as(x))
+
+
+@pytest.mark.parametrize("chosen", [[0], [1], [2, 3]])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_some_of_the_gradients(chosen, activation):
+    def gradients(layer, x, extra, dy):
+        inputs = [x, extra, layer.weight, layer.bias]
+        return torch.autograd.grad(layer(x, extra), [inputs[i] for i in chosen], dy)
+
+    compared(lambda: made(residual=True, activation=activation), gradients)
+
+
+def test_gradients_accumulate_where_backward_puts_them():
+    def gradients(layer, x, extra, dy):
+        y = layer(x, extra)
+        y.backward(dy, retain_graph=True)
+        y.backward(dy)
+        return [t.grad for t in asked(x, extra, *layer.parameters())]
+
+    compared(lambda: made(residual=True, activation="relu"), gradients)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_derivatives(activation, residual):
+    def gradients(layer, x, extra, dy):
+        wanted = asked(x, extra, *layer.parameters())
+        first = torch.autograd.grad(layer(x, extra), wanted, dy.requires_grad_(), create_graph=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), [*wanted, dy], allow_unused=True)
+        return [g for g in (*first, *second) if g is not None]
+
+    compared(lambda: made(torch.float64, residual=residual, activation=activation), gradients)
+
+
+def test_many_gradients_at_once():
+    def gradients(layer, x, extra, dy):
+        y = layer(x)
+        return torch.autograd.grad(y, [x, layer.weight], torch.stack([dy, 2 * dy]), is_grads_batched=True)
+
+    compared(made, gradients)
+
+
+def test_a_dispatch_mode_around_the_backward_sees_the_operator():
+    class Seen(TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names += (str(func),)
+            return func(*args, **(kwargs or {}))
+
+    layer, x, _, dy = made()
+    y = layer(x)
+    with Seen() as seen:
+        y.backward(dy)
+    assert "brn_kernels.backward.default" in seen.names
+
+
+def test_compiled_autograd():
+    layer, x, _, dy = made()
+    expected = torch.autograd.grad(copy.deepcopy(layer)(x), x, dy)[0]
+    y = layer(x)
+    assert is_in_cpp(y)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        y.backward(dy)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_detect_anomaly_and_hooks():
+    layer, x, _, dy = made()
+    seen = []
+    with torch.autograd.detect_anomaly(check_nan=True):
+        y = layer(x)
+        y.register_hook(lambda gradient: seen.append("y"))
+        x.register_hook(lambda gradient: 2 * gradient)
+        y.backward(dy)
+    with in_python():
+        other, x2, _, dy = made()
+        other(x2).backward(dy)
+    assert seen == ["y"] and torch.equal(x.grad, 2 * x2.grad)
+
+
+def test_an_unused_output_has_no_gradient():
+    """Of two layers' outputs one is not used: its node is run with nothing."""
+
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            return a.clone(), b.clone()
+
+        @staticmethod
+        def backward(ctx, da, db):
+            return da, None
+
+    layer, x, _, dy = made()
+    other, z, _, _ = made()
+    a, _ = Both.apply(layer(x), other(z))
+    a.backward(dy)
+    assert x.grad is not None and z.grad is None and other.weight.grad is None
+
+
+def test_a_second_backward_through_a_freed_graph_is_refused():
+    layer, x, _, dy = made()
+    y = layer(x)
+    y.backward(dy)
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward(dy)
+
+
+@pytest.mark.parametrize("which", ["x", "weight"])
+def test_what_was_changed_in_place_is_refused(which):
+    layer, x, _, dy = made()
+    x = x.detach().clone().requires_grad_()
+    y = layer(x)
+    with torch.no_grad():
+        (x if which == "x" else layer.weight).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
+
+
+def test_an_error_in_python_comes_out_of_backward():
+    class Refusing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            raise KeyError("as it was raised")
+
+    layer, x, _, dy = made()
+    y = layer(x)
+    with pytest.raises(KeyError, match="as it was raised"), Refusing():
+        torch.autograd.grad(y, x, dy)
+
+
+def test_many_threads():
+    layer, x, _, dy = made()
+    with in_python():
+        expected = torch.autograd.grad(copy.deepcopy(layer)(x), x, dy)[0]
+    results = {}
+
+    def work(i):
+        own = copy.deepcopy(layer)
+        for _ in range(50):
+            own.reset_running_stats()
+            results[i] = torch.autograd.grad(own(x), x, dy)[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(torch.equal(result, expected) for result in results.values())
+
+
+def test_graphs_are_freed():
+    import weakref
+
+    layer, x, _, dy = made()
+    y = layer(x)
+    gone = weakref.ref(y)
+    y.backward(dy)
+    del y
+    assert gone() is None
+
+
+def test_kinds_of_calls_beyond_the_limit_have_their_backward_in_python():
+    with mock.patch.object(node, "_plans", {}), mock.patch.object(node, "MOST_PLANS", 1):
+        layer, x, _, _ = made()
+        assert is_in_cpp(layer(x)) and is_in_cpp(layer(x))
+        other = layer(x[:2])
+        assert not is_in_cpp(other)
+        other.sum().backward()
+
+
+def test_a_failed_forward_leaves_gradients_on():
+    with mock.patch("brn_kernels.backends.native.forward", side_effect=MemoryError):
+        layer, x, _, _ = made()
+        with pytest.raises(MemoryError):
+            layer(x)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_mask_stays_in_python(mask):
+    layer, x, _, _ = made()
+    y = layer(x, mask=torch.ones(4, 5, 3, dtype=torch.bool) if mask else None)
+    assert is_in_cpp(y) != mask
+
+
+def test_networks_train_alike():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), brn.BatchRenorm2d(8, activation="relu"), nn.Conv2d(8, 8, 3), brn.BatchRenorm2d(8),
+        nn.ReLU(), nn.Flatten(), nn.LazyLinear(2),
+    )  # fmt: skip
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(5)]
+    network(batches[0])
+
+    def trained(network):
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        for x in batches:
+            optimizer.zero_grad()
+            network(x).square().mean().backward()
+            optimizer.step()
+        return network.state_dict()
+
+    with in_python():
+        expected = trained(copy.deepcopy(network))
+    found = trained(network)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# -- Triton's kernels ------------------------------------------------------------------------------------------------
+
+
+class Launches:
+    """Stands in for Triton's launcher: computes the gradients by the reference, in the memory at the addresses."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.made = []
+
+    def run(self, *arguments):
+        self.made.append(arguments)
+        addresses = arguments[9:19]
+        dy, x, bits, weight, bias, saved, dweight, dbias, dx, dresidual = addresses
+        inputs = [self._read(a, s, t) for a, s, t in ((dy, X, D), (x, X, D), (weight, C, D), (bias, C, D))]
+        kept = self._read(saved, (4, C[0]), D), self._read(bits, (X[0] * X[1], 2), torch.uint8)
+        dy, x, weight, bias = inputs
+        results = reference.backward(
+            dy, x, None, None, weight, bias, *kept, self.activation, dx is not None, dresidual is not None
+        )
+        for address, result in zip((dx, dweight, dbias, dresidual), results, strict=True):
+            if address is not None:
+                ctypes.memmove(address, result.contiguous().data_ptr(), result.nbytes)
+
+    @staticmethod
+    def _read(address, shape, dtype):
+        if address is None:
+            return None
+        found = torch.empty(shape, dtype=dtype)
+        ctypes.memmove(found.data_ptr(), address, found.nbytes)
+        return found
+
+
+X, C, D = (4, 6, 5, 3), (6,), torch.float32
+
+
+@pytest.fixture
+def launches():
+    """Triton's kernels as if they had been compiled, for backwards by C++."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: tests/gpu launches them there")
+    from brn_kernels.backends.triton import launcher
+
+    stand_in = Launches()
+
+    class Compiled(dict):
+        def get(self, key, default=None):
+            return stand_in, ("constants",)
+
+    known = launcher.prepared
+
+    def prepared(kernel, grid, dtypes, integers, floats, constants, device):
+        with mock.patch.object(constants, "compiled", Compiled()):
+            return known(kernel, grid, dtypes, integers, floats, constants, device)
+
+    with (
+        brn.use_backend("triton"),
+        mock.patch.object(node, "_plans", {}),
+        mock.patch.object(launcher, "prepared", prepared),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: ("stream", index), create=True),
+    ):
+        yield stand_in
+
+
+@pytest.mark.parametrize("wants", [(True, True, True, True), (True, False, True, False), (False, True, True, True)])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_triton_is_launched_as_by_python(launches, activation, residual, affine, wants):
+    if not any((wants[0], wants[1] and residual and activation is not None)):
+        pytest.skip("then Python adds up weight's and bias's gradients in two launches, of which C++ knows nothing")
+    launches.activation = activation
+    layer, x, extra, dy = made(residual=residual, activation=activation, wants=wants, affine=affine)
+    with mock.patch.object(node, "gradients", mock.Mock(side_effect=AssertionError)):
+        y = layer(x, extra)
+        found = torch.autograd.grad(y, asked(x, extra, *layer.parameters()), dy)
+    ((*head, stream, function, metadata, a, b, c), (*tail, constants)) = (
+        launches.made[0][:9], launches.made[0][19:],
+    )  # fmt: skip
+    assert (stream, function, metadata, a, b, c) == (("stream", None), "function", "metadata", None, None, None)
+    assert constants == "constants" and len(head) == 3 and head[2] == 1 and len(launches.made) == 1
+
+    with in_python(), mock.patch("brn_kernels.backends.triton.launcher.launch") as spied:
+        from brn_kernels.backends.triton import launch
+
+        spied.side_effect = lambda *_: None
+        launch.backward(
+            dy, x.detach(), None, None, layer.weight, layer.bias, torch.ones(4, 6),
+            torch.zeros(24, 2, dtype=torch.uint8) if residual and activation else None, activation, wants[0],
+            wants[1] and residual and activation is not None,
+        )  # fmt: skip
+    (_, grid, pointers, integers, floats, *_), _ = spied.call_args
+    assert tuple(head[:2]) == tuple(grid) and tuple(tail) == (*integers, *floats)
+    assert [p is None for p in pointers] == [p is None for p in launches.made[0][9:19]]
+
+    with in_python(), brn.use_backend("reference"):
+        other, x, extra, dy = made(residual=residual, activation=activation, wants=wants, affine=affine)
+        expected = torch.autograd.grad(other(x, extra), asked(x, extra, *other.parameters()), dy)
+    for one, another in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, another)
+
+
+def test_triton_is_not_launched_on_unaligned_memory(launches):
+    launches.activation = None
+    layer, x, _, dy = made()
+    y = layer(x)
+    room = torch.empty(dy.numel() + 1)
+    dx = torch.autograd.grad(y, x, room[1:].view(dy.shape).copy_(dy))[0]
+    assert not launches.made
+    with in_python(), brn.use_backend("reference"):
+        other, x, _, dy = made()
+        torch.testing.assert_close(dx, torch.autograd.grad(other(x), x, dy)[0])
+
+
+def test_a_profiler_hears_of_tritons_launches(launches):
+    import triton
+
+    layer, x, _, dy = made()
+    assert is_in_cpp(layer(x))
+    with mock.patch.object(triton.knobs.runtime, "launch_enter_hook", lambda _: None):
+        y = layer(x)
+    assert not is_in_cpp(y)
+
+
+def test_an_error_of_tritons_launcher_comes_out_of_backward(launches):
+    launches.run = mock.Mock(side_effect=ValueError("of the launcher"))
+    layer, x, _, dy = made()
+    with pytest.raises(ValueError, match="of the launcher"):
+        layer(x).backward(dy)
