@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import cpp_extension
 
 import brn_kernels as brn
-from brn_kernels import backends
+from brn_kernels import backends, node
 from brn_kernels.backends import triton as kernels
 from brn_kernels.backends.triton import launch, launcher
 
@@ -31,12 +31,15 @@ from .record import machine
 
 SHAPE = (2, 64, 2, 2)
 NAME = "idle"  # of the device
+IN_PYTHON = "brn_kernels, backward in Python"
 CALLS = 100  # one after the other, before it is another's turn
 COLUMNS = ("what", "direction", "p20_us", "p50_us")
 
 
 def run(out: Path, seconds: float) -> Path:
-    """Measure a small layer and BatchNorm in turns; the CSV says microseconds of a call.
+    """Measure a small layer, with the backward in C++ and in Python, and BatchNorm in turns.
+
+    The CSV says microseconds of a call. Without autograd's node (``brn build``) all of ours are in Python.
 
     Args:
         out: the CSV. ``direction``: "forward"; "backward" of one graph again and again; "both": of a new graph.
@@ -51,9 +54,12 @@ def run(out: Path, seconds: float) -> Path:
     about = machine(torch.device("cpu"))
     out.parent.mkdir(parents=True, exist_ok=True)
     with _launching_nothing(device), out.open("w", newline="") as file:
-        layers = {"brn_kernels": _moved(brn.BatchRenorm2d(SHAPE[1]), device)}
-        layers["BatchNorm"] = _moved(nn.BatchNorm2d(SHAPE[1]), device)
-        calls = {(what, name): call for what, layer in layers.items() for name, call in _calls(layer, device)}
+        layers = {"BatchNorm": _moved(nn.BatchNorm2d(SHAPE[1]), device)}
+        layers |= {what: _moved(brn.BatchRenorm2d(SHAPE[1]), device) for what in (IN_PYTHON, "brn_kernels")}
+        calls: dict[tuple[str, str], Callable[[], object]] = {}
+        for what, layer in layers.items():
+            with _place_of_backward(what):
+                calls |= {(what, name): call for name, call in _calls(layer, device)}
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*COLUMNS, *about])
         for label, times in _in_turns(calls, seconds).items():
@@ -67,12 +73,17 @@ def _in_turns(calls: dict[tuple[str, str], Callable[[], object]], seconds: float
     until = time.monotonic() + seconds
     while time.monotonic() < until or not all(found.values()):
         for label, call in calls.items():
-            for done in range(-CALLS // 10, CALLS):
-                started = time.perf_counter()
-                call()
-                if done >= 0:  # the first ones warm up
-                    found[label].append(time.perf_counter() - started)
+            with _place_of_backward(label[0]):
+                for done in range(-CALLS // 10, CALLS):
+                    started = time.perf_counter()
+                    call()
+                    if done >= 0:  # the first ones warm up
+                        found[label].append(time.perf_counter() - started)
     return found
+
+
+def _place_of_backward(what: str) -> contextlib.AbstractContextManager[object]:
+    return mock.patch.object(node, "module", lambda: None) if what == IN_PYTHON else contextlib.nullcontext()
 
 
 def _calls(layer: nn.Module, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
