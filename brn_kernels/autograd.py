@@ -60,12 +60,10 @@ class BatchRenormFunction(torch.autograd.Function):
                 return (None,) * 6
             dy = torch.zeros_like(ctx.saved_tensors[0])  # other processes wait for this one's sums
         x, residual, mask, *others = ctx.saved_tensors
-        if ctx.channels_last is not None:  # the bits are in the order that x had
-            x = layout.kept_in(x, ctx.channels_last)
         needs_dx, needs_dresidual, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:5]
         dx, dresidual, dweight, dbias = gradients(
             dy, (x, residual, *others), (needs_dx, needs_dresidual, needs_dweight, needs_dbias), ctx.eps,
-            ctx.activation, ctx.backend, mask, ctx.process_group,
+            ctx.activation, ctx.backend, ctx.channels_last, mask, ctx.process_group,
         )  # fmt: skip
         return dx, dresidual, None, dweight, dbias, None
 
@@ -77,6 +75,7 @@ def gradients(
     eps: float,
     activation: str | None,
     backend: str,
+    channels_last: bool | None,
     mask: Tensor | None = None,
     process_group: str | None = None,
 ) -> tuple[Tensor | None, ...]:
@@ -89,11 +88,14 @@ def gradients(
         eps: of the call.
         activation: of the call.
         backend: the name in force at the forward.
+        channels_last: the order of the bits, which x had then; None if there are none.
         mask: of the call.
         process_group: of the call.
     """
     x, residual, weight, bias, saved, bits = kept
     assert x is not None and saved is not None
+    if channels_last is not None:
+        x = layout.kept_in(x, channels_last)
     needs_dx, needs_dresidual, needs_dweight, needs_dbias = needs
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         if distributed.group_of(process_group) is not None:

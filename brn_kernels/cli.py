@@ -159,7 +159,7 @@ def _build(arguments: argparse.Namespace) -> int:
     for library, path in (("cpu", built.cpu), ("cuda", built.cuda), ("autograd", built.autograd)):
         what = "compiled" if library in built.compiled else "there already"
         gpus = f" for sm_{', sm_'.join(built.architectures)}" if library == "cuda" else ""
-        missing = "left out: it needs Python's headers" if library == "autograd" else "not asked for"
+        missing = "left out: needs a compiler and Python.h" if library == "autograd" else "not asked for"
         print(f"{library:<4} {f'{what}{gpus}: {path}' if path else missing}")
     if built.compiled:
         print(f"in {built.seconds:.0f} s")

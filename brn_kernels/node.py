@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backends, build
 from .autograd import gradients
-from .backends import reference
+from .backends import layout, reference
 
 logger = logging.getLogger("brn_kernels")
 
@@ -65,7 +65,7 @@ def forward(
         return None
     eps, activation, backend = rest[7:10]
     kernels = backends.resolve(backend, x.device.type)
-    if not hasattr(kernels, "backward_kernels") or kernels.is_profiled():
+    if not hasattr(kernels, "backward_kernels") or kernels.is_profiled() or not _are_dense(weight, bias):
         return None
     key = (
         backend, kernels, x.shape, x.stride(), x.dtype, x.device, x.requires_grad, eps, activation,
@@ -84,6 +84,10 @@ def forward(
     finally:
         torch._C._set_grad_enabled(True)  # as in every ordinary call
     return compiled.remember(plan, y, x, residual, weight, bias, saved, bits)
+
+
+def _are_dense(weight: Tensor | None, bias: Tensor | None) -> bool:
+    return (weight is None or weight.is_contiguous()) and (bias is None or bias.is_contiguous())
 
 
 def _plan(
@@ -108,7 +112,19 @@ def _plan(
     )
     if found is None:
         return None
-    in_python = functools.partial(gradients, eps=eps, activation=activation, backend=backend)
+    in_python = functools.partial(
+        gradients, eps=eps, activation=activation, backend=backend,
+        channels_last=layout.layout_of(x).channels_last if bits else None,
+    )  # fmt: skip
     return compiled.new_plan(
-        in_python, residual is not None, saves_residual, activation is None, x.requires_grad, needs_dresidual, found
+        in_python,
+        x,
+        residual,
+        weight,
+        bias,
+        saves_residual,
+        activation is None,
+        x.requires_grad,
+        needs_dresidual,
+        found,
     )

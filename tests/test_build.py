@@ -391,6 +391,26 @@ def test_kernels_are_built_where_autograds_node_does_not_compile(csrc, tmp_path)
     assert "backwards stay in Python" in lines[-1] and "node.cpp" in lines[-1]
 
 
+@needs_compiler
+def test_what_is_packaged_needs_no_compiler_for_autograds_node(csrc, monkeypatch):
+    build(directory=packaged_directory())
+    write(csrc, {"autograd/node.cpp": NODE})
+    monkeypatch.setenv("PATH", "/nonexistent")
+    lines = []
+    assert build(progress=lines.append).compiled == () and "backwards stay in Python" in lines[-1]
+
+
+@needs_compiler
+def test_autograds_node_for_another_python_stays_beside_it(csrc):
+    write(csrc, {"autograd/node.cpp": NODE})
+    other = build(directory=packaged_directory()).autograd
+    edit_manifest(other, python="cpython-30")
+    for suffix in (".so", ".json"):
+        other.with_suffix(suffix).rename(other.with_name(f"brn_kernels_autograd-other{suffix}"))
+    assert build(directory=packaged_directory()).compiled == ("autograd",)
+    assert len(list(packaged_directory().glob("*autograd*.json"))) == 2
+
+
 def test_without_pythons_headers_autograds_node_is_left_out(csrc, monkeypatch, tmp_path):
     write(csrc, {"autograd/node.cpp": NODE})
     assert recipe.can_have_node()
@@ -403,7 +423,7 @@ def test_the_command_builds(csrc, capsys):
     assert cli.main(["build", "--no-cuda", "--in-place"]) == 0
     said = capsys.readouterr()
     assert (
-        f"cpu  compiled: {find().cpu}\ncuda not asked for\nautograd left out: it needs Python's headers\nin "
+        f"cpu  compiled: {find().cpu}\ncuda not asked for\nautograd left out: needs a compiler and Python.h\nin "
         in said.out
     )
     assert "[1/" in said.err

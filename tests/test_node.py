@@ -320,6 +320,61 @@ def test_a_failed_forward_leaves_gradients_on():
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_a_parameter_with_gaps_after_a_dense_one_of_the_same_kind(which):
+    """The plan of the dense one was taken, and the memory read as if it had no gaps."""
+
+    def gradients(layer, x, _, dy):
+        layer(x)
+        wide = torch.arange(1.0, 13).view(6, 2).requires_grad_()
+        parameters = {"weight": layer.weight, "bias": layer.bias, which: wide[:, 0]}
+        layer.num_batches_tracked.zero_()
+        layer.running_mean.zero_()
+        layer.running_var.fill_(1)
+        mean, var = torch.zeros(6), torch.ones(6)
+        y = brn.batch_renorm(x, mean, var, **parameters, training=True)
+        layer.num_batches_tracked.fill_(1)
+        return torch.autograd.grad(y, [x, wide], dy)
+
+    compared(made, gradients)
+
+
+def swapped(which, layout):
+    def gradients(layer, x, extra, dy):
+        y = layer(x, extra)
+        changed = {"x": x, "residual": extra, "weight": layer.weight, "bias": layer.bias}[which]
+        if which in ("x", "residual"):
+            changed.data = laid_out(changed.detach().clone(), layout)
+        else:
+            changed.data = torch.stack([changed.detach(), torch.zeros(6)], dim=1)[:, 0]
+        return torch.autograd.grad(y, asked(x, extra), laid_out(dy, layout))
+
+    return gradients
+
+
+@pytest.mark.parametrize("which", ["x", "residual", "weight", "bias"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_memory_that_was_swapped_after_the_forward(which, layout, activation):
+    """``tensor.data = ...`` leaves no trace that autograd could find; it was read as what it had been."""
+    compared(lambda: made(residual=True, activation=activation), swapped(which, layout))
+
+
+def test_memory_that_became_smaller_after_the_forward_is_not_read_beyond():
+    def gradients(layer, x, extra, dy):
+        y = layer(x)
+        x.data = torch.zeros(()).expand(x.shape)
+        return torch.autograd.grad(y, x, dy)
+
+    compared(made, gradients)
+
+
+def test_the_node_has_a_name():
+    layer, x, _, _ = made()
+    assert layer(x).grad_fn.name() == "torch::autograd::CppNode<brn::BatchRenormBackward>"
+    assert "BatchRenormBackward" in repr(layer(x))
+
+
 @pytest.mark.parametrize("mask", [False, True])
 def test_a_mask_stays_in_python(mask):
     layer, x, _, _ = made()
@@ -474,6 +529,11 @@ def test_a_profiler_hears_of_tritons_launches(launches):
     with mock.patch.object(triton.knobs.runtime, "launch_enter_hook", lambda _: None):
         y = layer(x)
     assert not is_in_cpp(y)
+    y = layer(x)
+    assert is_in_cpp(y)
+    with mock.patch.object(triton.knobs.runtime, "launch_enter_hook", lambda _: None):
+        y.backward(dy)
+    assert not launches.made and x.grad is not None
 
 
 def test_an_error_of_tritons_launcher_comes_out_of_backward(launches):

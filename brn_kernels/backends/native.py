@@ -190,9 +190,9 @@ def backward_kernels(
 ) -> tuple[Any, ...] | None:
     """What ``csrc/autograd`` needs to run this backward, of a dy that lies as x does; None if it cannot.
 
-    ``residual`` is the one the backward reads.
+    ``residual`` is the one the backward reads; weight and bias are dense.
     """
-    if x.numel() == 0 or not _are_dense(weight, bias):
+    if x.numel() == 0:
         return None
     memory = sides.memory_of(x, residual)
     if not memory.fits:
@@ -206,10 +206,6 @@ def backward_kernels(
 def is_profiled() -> bool:
     """Whether a profiler must hear of each launch: PyTorch's hears of operators, by themselves."""
     return False
-
-
-def _are_dense(*vectors: Tensor | None) -> bool:
-    return all(vector is None or vector.is_contiguous() for vector in vectors)
 
 
 def _workspace(x: Tensor, shape: layout.Layout) -> Tensor | None:

@@ -89,32 +89,41 @@ def build(
             as_asked = library != "cuda" or architectures is None
             if not isinstance(at_hand, str) and (as_asked or at_hand[1]["architectures"] == architectures):
                 found[library] = at_hand
-    missing = [library for library in wanted if library not in found]
+    kernels = [library for library in wanted if library not in found and library != "autograd"]
     compiled: tuple[str, ...] = ()
-    if missing:
-        kit = tools.gather(cuda="cuda" in missing)
-        known = tools.known_to(kit.nvcc, recipe.ARCHITECTURES, architectures) if "cuda" in missing else []
-        manifests = [recipe.manifest(library, known if library == "cuda" else [], sanitize, kit) for library in missing]
-        where, cache = (directory or cache_directory()).absolute(), None
-        if directory is not None:
-            with contextlib.suppress(BuildError):
-                cache = cache_directory()
-        say = progress or (lambda _: None)
-        if note := tools.newer_than_torch(kit, torch.version.cuda):
-            say(note)
-        only = directory is not None
-        node = [manifest for manifest in manifests if manifest["library"] == "autograd"]
-        kernels = [manifest for manifest in manifests if manifest not in node]
-        if kernels:
-            compiled += place.ensure(where, kernels, kit, say=say, spare=cache, only=only)
-        if node:
-            try:
-                compiled += place.ensure(where, node, kit, say=say, spare=cache, only=only)
-            except BuildError as error:  # it uses what PyTorch does not promise to keep
-                manifests = kernels
-                say(f"backwards stay in Python: {error}")
-        found |= {manifest["library"]: (where / recipe.file_name(manifest), manifest) for manifest in manifests}
+    say = progress or (lambda _: None)
+    if kernels:
+        now, compiled = _compiled(kernels, architectures, sanitize, directory, say)
+        found |= now
+    if "autograd" in wanted and "autograd" not in found:
+        try:
+            now, too = _compiled(["autograd"], None, sanitize, directory, say)
+        except BuildError as error:  # it uses what PyTorch does not promise to keep
+            say(f"backwards stay in Python: {error}")
+        else:
+            found, compiled = found | now, compiled + too
     return _built(found, compiled, time.monotonic() - start)
+
+
+def _compiled(
+    libraries: Sequence[str],
+    architectures: Sequence[str] | None,
+    sanitize: bool,
+    directory: Path | None,
+    say: Callable[[str], None],
+) -> tuple[dict[str, tuple[Path, Manifest]], tuple[str, ...]]:
+    """The libraries with their manifests, and which of them were compiled just now."""
+    kit = tools.gather(cuda="cuda" in libraries)
+    known = tools.known_to(kit.nvcc, recipe.ARCHITECTURES, architectures) if "cuda" in libraries else []
+    manifests = [recipe.manifest(library, known if library == "cuda" else [], sanitize, kit) for library in libraries]
+    where, cache = (directory or cache_directory()).absolute(), None
+    if directory is not None:
+        with contextlib.suppress(BuildError):
+            cache = cache_directory()
+    if note := tools.newer_than_torch(kit, torch.version.cuda):
+        say(note)
+    compiled = place.ensure(where, manifests, kit, say=say, spare=cache, only=directory is not None)
+    return {manifest["library"]: (where / recipe.file_name(manifest), manifest) for manifest in manifests}, compiled
 
 
 def find(sanitize: bool = False) -> Built | str:

@@ -192,7 +192,9 @@ def _move(work: Path, directory: Path, manifest: Manifest) -> None:
 
 
 def _remove_others(directory: Path, manifest: Manifest) -> None:
+    """Those that cannot be of use beside it: another Python, or PyTorch, has an ``autograd`` of its own."""
+    same = ("sanitize", "python", "torch") if manifest["library"] == "autograd" else ("sanitize",)
     for path, other in libraries(manifest["library"], directory):
-        if path.name != recipe.file_name(manifest) and other.get("sanitize") == manifest["sanitize"]:
+        if path.name != recipe.file_name(manifest) and all(other.get(name) == manifest[name] for name in same):
             path.with_suffix(".json").unlink(missing_ok=True)
             path.unlink(missing_ok=True)

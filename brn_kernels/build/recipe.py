@@ -183,7 +183,7 @@ def manifest(library: str, architectures: Sequence[str], sanitize: bool, kit: Ki
         "architectures": list(architectures),
         "machine": _machine(),
         "torch": str(torch.__version__),
-        "python": sys.implementation.cache_tag if library == "autograd" else None,
+        "python": _python() if library == "autograd" else None,
         "compiler": f"{kit.cxx_version}, {kit.nvcc_version}" if library == "cuda" else kit.cxx_version,
         "sources": digest_of_sources(library),
         "flags": _digest_of_flags(library, csrc, architectures, sanitize),
@@ -202,8 +202,8 @@ def unfit(found: Manifest, sources_digest: str | None, any_torch: bool) -> str |
         return f"compiled for {found.get('machine')} and this is {_machine()}"
     if not any_torch and found.get("torch") != torch.__version__:
         return f"compiled for torch {found.get('torch')} and this is {torch.__version__}"
-    if found.get("python") not in (None, sys.implementation.cache_tag):
-        return f"compiled for {found['python']} and this is {sys.implementation.cache_tag}"
+    if found.get("python") not in (None, _python()):
+        return f"compiled for {found['python']} and this is {_python()}"
     csrc = sources()
     if sources_digest is None or csrc is None:
         return None
@@ -217,6 +217,10 @@ def file_name(manifest: Manifest) -> str:
     """The library's; one manifest, one name."""
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return f"brn_kernels_{manifest['library']}-{key[:16]}.so"
+
+
+def _python() -> str:
+    return str(sysconfig.get_config_var("SOABI"))
 
 
 def _machine() -> str:

@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+namespace brn {
 namespace {
 
 using at::Tensor;
@@ -30,6 +31,13 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr uintptr_t alignment = 16;  // of every address that Triton's kernels were compiled for
+
+// Python's error, taken along: the exception may be rethrown in another thread.
+[[noreturn]] void throw_python_error() {
+  python_error error;
+  error.persist();
+  throw error;
+}
 
 MaybeTensor optional(const Tensor& tensor) { return tensor.defined() ? MaybeTensor(tensor) : std::nullopt; }
 
@@ -42,16 +50,35 @@ struct NativeKernels {
 // One launch by Triton's own launcher: run(*head, stream, *middle, *addresses, *tail). The references are kept for
 // good.
 struct TritonKernel {
-  PyObject *run, *stream_of, *device, *head, *middle, *tail;
+  PyObject *is_profiled, *run, *stream_of, *device, *head, *middle, *tail;
+};
+
+// A tensor as it must still be when the backward reads it: t.data = ... leaves no trace.
+struct Memory {
+  std::vector<int64_t> sizes, strides;
+  std::optional<at::ScalarType> dtype;  // none: there is no tensor
+
+  explicit Memory(const Tensor& tensor) {
+    if (!tensor.defined()) return;
+    sizes = tensor.sizes().vec();
+    strides = tensor.strides().vec();
+    dtype = tensor.scalar_type();
+  }
+
+  bool is_of(const Tensor& tensor) const {
+    if (!dtype.has_value() || !tensor.defined()) return dtype.has_value() == tensor.defined();
+    return tensor.scalar_type() == *dtype && tensor.sizes() == sizes && tensor.strides() == strides;
+  }
 };
 
 // What follows from shapes, strides and dtypes: node.py makes one for each kind of call, and none is ever freed.
 struct Plan {
-  PyObject* gradients;             // what does all but the ordinary
-  bool has_residual;               // whose gradient may be asked for
-  bool saves_residual;             // the backward reads it
-  bool passes_dy_on;               // the residual's gradient is dy
-  bool needs_dx, needs_dresidual;  // computed by the kernels
+  PyObject* gradients;               // what does all but the ordinary
+  Memory x, residual, weight, bias;  // as the kernels read them
+  bool has_residual;                 // whose gradient may be asked for
+  bool saves_residual;               // the backward reads it
+  bool passes_dy_on;                 // the residual's gradient is dy
+  bool needs_dx, needs_dresidual;    // computed by the kernels
   std::optional<NativeKernels> native;
   std::optional<TritonKernel> triton;
 };
@@ -65,6 +92,7 @@ struct Gradients {
 };
 
 bool lies_as(const Tensor& dy, const Tensor& x) {
+  if (dy.sizes() != x.sizes()) return false;
   if (dy.strides() == x.strides()) return true;
   const auto both = [&](at::MemoryFormat format) { return dy.is_contiguous(format) && x.is_contiguous(format); };
   return both(at::MemoryFormat::Contiguous) || (x.dim() == 4 && both(at::MemoryFormat::ChannelsLast)) ||
@@ -72,11 +100,13 @@ bool lies_as(const Tensor& dy, const Tensor& x) {
 }
 
 // Whether the plan's kernels can be called at once; ops.is_observed says it of a forward.
-bool is_ordinary(const Tensor& dy, const Saved& kept) {
+bool is_ordinary(const Plan& plan, const Tensor& dy, const Saved& kept) {
   return !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
          !torch::jit::tracer::isTracing() &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
-         dy.key_set() == kept.saved.key_set() && dy.scalar_type() == kept.x.scalar_type() && lies_as(dy, kept.x);
+         dy.key_set() == kept.saved.key_set() && dy.scalar_type() == kept.x.scalar_type() && plan.x.is_of(kept.x) &&
+         plan.residual.is_of(kept.residual) && plan.weight.is_of(kept.weight) && plan.bias.is_of(kept.bias) &&
+         lies_as(dy, kept.x);
 }
 
 void run(const NativeKernels& kernels, const Tensor& dy, const Saved& kept, const Gradients& found) {
@@ -91,7 +121,7 @@ void run(const NativeKernels& kernels, const Tensor& dy, const Saved& kept, cons
   backward.callBoxed(stack);
 }
 
-// False, and nothing done, if an address is not aligned.
+// False, and nothing done, if an address is not aligned, or a profiler must hear of the launch.
 bool run(const TritonKernel& kernel, const Tensor& dy, const Saved& kept, const Gradients& found) {
   const std::array<const Tensor*, 10> pointers = {&dy,        &kept.x,         &kept.bits,     &kept.weight,
                                                   &kept.bias, &kept.saved,     &found.dweight, &found.dbias,
@@ -104,13 +134,16 @@ bool run(const TritonKernel& kernel, const Tensor& dy, const Saved& kept, const 
   if (all % alignment != 0) return false;
   const c10::DeviceGuard current(kept.x.device());
   const pybind11::gil_scoped_acquire gil;
+  const THPObjectPtr profiled(PyObject_CallNoArgs(kernel.is_profiled));
+  if (!profiled) throw_python_error();
+  if (profiled.get() != Py_False) return false;
   std::vector<THPObjectPtr> owned;
   std::vector<PyObject*> arguments;
   const auto borrow = [&](PyObject* tuple) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) arguments.push_back(PyTuple_GET_ITEM(tuple, i));
   };
   const auto own = [&](PyObject* object) {
-    if (object == nullptr) throw python_error();
+    if (object == nullptr) throw_python_error();
     owned.emplace_back(object);
     arguments.push_back(object);
   };
@@ -128,11 +161,14 @@ bool run(const TritonKernel& kernel, const Tensor& dy, const Saved& kept, const 
   }
   borrow(kernel.tail);
   const THPObjectPtr nothing(PyObject_Vectorcall(kernel.run, arguments.data(), arguments.size(), nullptr));
-  if (!nothing) throw python_error();
+  if (!nothing) throw_python_error();
   return true;
 }
 
-struct Node : torch::autograd::Function<Node> {
+}  // namespace
+
+// Its name is what users see of a node.
+struct BatchRenormBackward : torch::autograd::Function<BatchRenormBackward> {
   static constexpr bool is_traceable = true;  // by compiled autograd: its tensors are not ordinary
 
   struct Done {
@@ -161,7 +197,7 @@ struct Node : torch::autograd::Function<Node> {
     const bool x = needed(true), residual = needed(plan.has_residual), weight = needed(kept.weight.defined()),
                bias = needed(kept.bias.defined());
     const bool dresidual = residual && !plan.passes_dy_on;
-    if (x == plan.needs_dx && dresidual == plan.needs_dresidual && is_ordinary(dy, kept)) {
+    if (x == plan.needs_dx && dresidual == plan.needs_dresidual && is_ordinary(plan, dy, kept)) {
       Gradients computed;
       if (launched(plan, dy, kept, computed)) {
         found[0] = computed.dx;  // autograd brings each into the dtype of its tensor
@@ -191,41 +227,61 @@ struct Node : torch::autograd::Function<Node> {
                         const std::array<bool, 4>& needs, variable_list& found) {
     const pybind11::gil_scoped_acquire gil;
     THPObjectPtr arguments(PyTuple_New(3)), kept(PyTuple_New(6)), wanted(PyTuple_New(4));
-    if (!arguments || !kept || !wanted) throw python_error();
+    if (!arguments || !kept || !wanted) throw_python_error();
     for (size_t i = 0; i < tensors.size(); ++i) PyTuple_SET_ITEM(kept.get(), i, THPVariable_Wrap(tensors[i]));
     for (size_t i = 0; i < needs.size(); ++i) PyTuple_SET_ITEM(wanted.get(), i, PyBool_FromLong(needs[i]));
     PyTuple_SET_ITEM(arguments.get(), 0, THPVariable_Wrap(dy));
     PyTuple_SET_ITEM(arguments.get(), 1, Py_NewRef(kept.get()));
     PyTuple_SET_ITEM(arguments.get(), 2, Py_NewRef(wanted.get()));
     THPObjectPtr results(PyObject_CallObject(plan.gradients, arguments.get()));
-    if (!results) throw python_error();
+    if (!results) throw_python_error();
     for (size_t i = 0; i < needs.size(); ++i) {
       PyObject* gradient = PyTuple_GetItem(results.get(), static_cast<Py_ssize_t>(i));
-      if (gradient == nullptr) throw python_error();
+      if (gradient == nullptr) throw_python_error();
       if (gradient != Py_None) found[i] = THPVariable_Unpack(gradient);
     }
   }
 };
 
+namespace {
+
 std::vector<int64_t> numbers(PyObject* tuple) {
   std::vector<int64_t> found;
   for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i) found.push_back(PyLong_AsLongLong(PyTuple_GetItem(tuple, i)));
-  if (PyErr_Occurred()) throw python_error();
+  if (PyErr_Occurred()) throw_python_error();
   return found;
 }
 
-// new_plan(gradients, has_residual, saves_residual, passes_dy_on, needs_dx, needs_dresidual, kernels) -> int: kernels
-// are those of a backend's `backward_kernels`.
+const Tensor& tensor_of(PyObject* object) {
+  static const Tensor* const nothing = new Tensor();
+  if (object == Py_None) return *nothing;
+  TORCH_CHECK_TYPE(THPVariable_Check(object), "expected a tensor or None");
+  return THPVariable_Unpack(object);
+}
+
+// new_plan(gradients, x, residual, weight, bias, saves_residual, passes_dy_on, needs_dx, needs_dresidual, kernels) ->
+// int: of calls like that one; kernels are those of a backend's `backward_kernels`.
 PyObject* new_plan(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
-  int has_residual = 0, saves_residual = 0, passes_dy_on = 0, needs_dx = 0, needs_dresidual = 0;
-  PyObject *gradients = nullptr, *kernels = nullptr;
-  if (!PyArg_ParseTuple(arguments, "OpppppO!", &gradients, &has_residual, &saves_residual, &passes_dy_on, &needs_dx,
-                        &needs_dresidual, &PyTuple_Type, &kernels)) {
+  int saves_residual = 0, passes_dy_on = 0, needs_dx = 0, needs_dresidual = 0;
+  PyObject *gradients = nullptr, *x = nullptr, *residual = nullptr, *weight = nullptr, *bias = nullptr,
+           *kernels = nullptr;
+  if (!PyArg_ParseTuple(arguments, "OOOOOppppO!", &gradients, &x, &residual, &weight, &bias, &saves_residual,
+                        &passes_dy_on, &needs_dx, &needs_dresidual, &PyTuple_Type, &kernels)) {
     return nullptr;
   }
-  Plan plan = {gradients,     has_residual != 0,    saves_residual != 0, passes_dy_on != 0,
-               needs_dx != 0, needs_dresidual != 0, std::nullopt,        std::nullopt};
+  Plan plan = {gradients,
+               Memory(tensor_of(x)),
+               Memory(saves_residual != 0 ? tensor_of(residual) : Tensor()),
+               Memory(tensor_of(weight)),
+               Memory(tensor_of(bias)),
+               residual != Py_None,
+               saves_residual != 0,
+               passes_dy_on != 0,
+               needs_dx != 0,
+               needs_dresidual != 0,
+               std::nullopt,
+               std::nullopt};
   if (PyTuple_GET_SIZE(kernels) == 4) {
     PyObject *layout = nullptr, *strides = nullptr;
     long long activation = 0, workspace = 0;
@@ -236,8 +292,8 @@ PyObject* new_plan(PyObject*, PyObject* arguments) {
     plan.native = NativeKernels{numbers(layout), numbers(strides), activation, workspace};
   } else {
     TritonKernel kernel = {};
-    if (!PyArg_ParseTuple(kernels, "OOOO!O!O!", &kernel.run, &kernel.stream_of, &kernel.device, &PyTuple_Type,
-                          &kernel.head, &PyTuple_Type, &kernel.middle, &PyTuple_Type, &kernel.tail)) {
+    if (!PyArg_ParseTuple(kernels, "OOOOO!O!O!", &kernel.is_profiled, &kernel.run, &kernel.stream_of, &kernel.device,
+                          &PyTuple_Type, &kernel.head, &PyTuple_Type, &kernel.middle, &PyTuple_Type, &kernel.tail)) {
       return nullptr;
     }
     plan.triton = kernel;
@@ -246,13 +302,6 @@ PyObject* new_plan(PyObject*, PyObject* arguments) {
   Py_INCREF(gradients);
   return PyLong_FromLongLong(reinterpret_cast<int64_t>(new Plan(std::move(plan))));
   END_HANDLE_TH_ERRORS
-}
-
-const Tensor& tensor_of(PyObject* object) {
-  static const Tensor* const nothing = new Tensor();
-  if (object == Py_None) return *nothing;
-  TORCH_CHECK_TYPE(THPVariable_Check(object), "expected a tensor or None");
-  return THPVariable_Unpack(object);
 }
 
 // remember(plan, y, x, residual, weight, bias, saved, bits) -> y, with the node behind it.
@@ -265,7 +314,8 @@ PyObject* remember(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const MaybeTensor residual = optional(tensor_of(arguments[3])), weight = optional(tensor_of(arguments[4])),
                     bias = optional(tensor_of(arguments[5]));
   TORCH_CHECK(residual.has_value() == plan->has_residual, "the plan is another call's");
-  return THPVariable_Wrap(Node::apply(x, residual, weight, bias, Node::Done{plan, y, saved, tensor_of(arguments[7])}));
+  return THPVariable_Wrap(BatchRenormBackward::apply(
+      x, residual, weight, bias, BatchRenormBackward::Done{plan, y, saved, tensor_of(arguments[7])}));
   END_HANDLE_TH_ERRORS
 }
 
@@ -278,5 +328,6 @@ PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "brn_kernels_autograd", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+}  // namespace brn
 
-PyMODINIT_FUNC PyInit_brn_kernels_autograd() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit_brn_kernels_autograd() { return PyModule_Create(&brn::definition); }

@@ -187,9 +187,10 @@ def backward_kernels(
 ) -> tuple[Any, ...] | None:
     """What ``csrc/autograd`` needs to run this backward, of a dy that lies as x does; None if it cannot (yet).
 
-    That is one launch, which has been made before. ``residual`` is the one the backward reads.
+    That is one launch, which has been made before. ``residual`` is the one the backward reads; weight and bias are
+    dense.
     """
-    if not is_fused(x, residual, None, activation) or not all(v is None or v.is_contiguous() for v in (weight, bias)):
+    if not is_fused(x, residual, None, activation):
         return None
     memory = sides.memory_of(x, x)
     if not memory.fits or not (needs_dx or needs_dresidual):

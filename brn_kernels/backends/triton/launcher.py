@@ -92,8 +92,8 @@ def prepared(
         device: of the pointers.
 
     Returns:
-        What is called, what finds the stream it runs on and of which device, and its arguments: before the stream,
-        between it and the addresses, and after these.
+        Whether not to (``is_profiled``), what is called, what finds the stream it runs on and of which device, and its
+        arguments: before the stream, between it and the addresses, and after these.
     """
     found = constants.compiled.get((id(kernel), *dtypes))
     if found is None or max(integers) > _INT32_MAX:
@@ -101,7 +101,7 @@ def prepared(
     compiled, rest = found
     middle = (compiled.function, compiled.packed_metadata, None, None, None)
     stream_of = torch._C._cuda_getCurrentRawStream
-    return compiled.run, stream_of, device.index, (*grid, 1), middle, (*integers, *floats, *rest)
+    return is_profiled, compiled.run, stream_of, device.index, (*grid, 1), middle, (*integers, *floats, *rest)
 
 
 def _is_as_compiled(addresses: list[int | None], integers: tuple[int, ...]) -> bool:
