@@ -79,6 +79,9 @@ def _in_turns(calls: dict[tuple[str, str], Callable[[], object]], seconds: float
                     call()
                     if done >= 0:  # the first ones warm up
                         found[label].append(time.perf_counter() - started)
+    # The backwards' thread drops its hold of the last gradients after `call` has returned. Python must not end
+    # meanwhile, or PyTorch ends the process (BatchNorm's backward, too).
+    time.sleep(0.1)
     return found
 
 
