@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import ctypes
 import threading
 from unittest import mock
 
@@ -10,30 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from node_calls import ACTIVATIONS, DTYPES, LAYOUTS, asked, compared, in_python, is_in_cpp, laid_out, made
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import brn_kernels as brn
 from brn_kernels import node
-from brn_kernels.backends import reference
 
 pytestmark = pytest.mark.skipif(node.module() is None, reason="not built: run `brn build`")
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "channels_last", "with gaps")
-ACTIVATIONS = (None, "relu", "silu")
 
 
 @pytest.fixture(autouse=True)
 def native():
     with brn.use_backend("native"):
-        yield
-
-
-@contextlib.contextmanager
-def in_python():
-    """Backwards by ``BatchRenormFunction``."""
-    with mock.patch.object(node, "module", lambda: None):
         yield
 
 
@@ -46,64 +34,6 @@ def no_way_back():
 
     with mock.patch.object(node, "_plans", {}), mock.patch.object(node, "gradients", refuse):
         yield
-
-
-def laid_out(tensor, layout):
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "with gaps":
-        return torch.cat([tensor, tensor], dim=1)[:, : tensor.shape[1]]
-    return tensor
-
-
-def made(
-    dtype=torch.float32,
-    layout="contiguous",
-    residual=False,
-    activation=None,
-    wants=(True,) * 4,
-    affine=True,
-    like_x=False,
-):
-    """A layer and its inputs."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    layer = brn.BatchRenorm2d(6, activation=activation, affine=affine)
-    if affine:
-        layer.weight.data.normal_(1, 0.2, generator=generator)
-        layer.bias.data.normal_(generator=generator)
-        layer.weight.requires_grad_(wants[2])
-        layer.bias.requires_grad_(wants[3])
-    if like_x or dtype == torch.float64:
-        layer.to(dtype)
-    x = laid_out(normal(4, 6, 5, 3), layout).requires_grad_(wants[0])
-    extra = laid_out(normal(4, 6, 5, 3), layout).requires_grad_(wants[1]) if residual else None
-    return layer, x, extra, normal(4, 6, 5, 3)
-
-
-def asked(*tensors):
-    return [t for t in tensors if t is not None and t.requires_grad]
-
-
-def is_in_cpp(y):
-    return type(y.grad_fn).__name__ == "CppFunction"
-
-
-def compared(make, gradients):
-    """``gradients(layer, x, residual, dy)`` by C++ and by Python: the same bits, and the same statistics."""
-    layer, *inputs = make()
-    ours = gradients(layer, *inputs)
-    with in_python():
-        other, *inputs = make()
-        theirs = gradients(other, *inputs)
-    assert len(ours) == len(theirs) > 0
-    for one, another in zip(ours, theirs, strict=True):
-        assert one.dtype == another.dtype and one.stride() == another.stride()
-        assert torch.equal(one, another)
-    assert torch.equal(layer.running_var, other.running_var) and layer.num_batches_tracked == 1
 
 
 @settings(deadline=None, max_examples=60)
@@ -403,141 +333,3 @@ def test_networks_train_alike():
         expected = trained(copy.deepcopy(network))
     found = trained(network)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-# -- Triton's kernels ------------------------------------------------------------------------------------------------
-
-
-class Launches:
-    """Stands in for Triton's launcher: computes the gradients by the reference, in the memory at the addresses."""
-
-    function, packed_metadata = "function", "metadata"
-
-    def __init__(self):
-        self.made = []
-
-    def run(self, *arguments):
-        self.made.append(arguments)
-        addresses = arguments[9:19]
-        dy, x, bits, weight, bias, saved, dweight, dbias, dx, dresidual = addresses
-        inputs = [self._read(a, s, t) for a, s, t in ((dy, X, D), (x, X, D), (weight, C, D), (bias, C, D))]
-        kept = self._read(saved, (4, C[0]), D), self._read(bits, (X[0] * X[1], 2), torch.uint8)
-        dy, x, weight, bias = inputs
-        results = reference.backward(
-            dy, x, None, None, weight, bias, *kept, self.activation, dx is not None, dresidual is not None
-        )
-        for address, result in zip((dx, dweight, dbias, dresidual), results, strict=True):
-            if address is not None:
-                ctypes.memmove(address, result.contiguous().data_ptr(), result.nbytes)
-
-    @staticmethod
-    def _read(address, shape, dtype):
-        if address is None:
-            return None
-        found = torch.empty(shape, dtype=dtype)
-        ctypes.memmove(found.data_ptr(), address, found.nbytes)
-        return found
-
-
-X, C, D = (4, 6, 5, 3), (6,), torch.float32
-
-
-@pytest.fixture
-def launches():
-    """Triton's kernels as if they had been compiled, for backwards by C++."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU: tests/gpu launches them there")
-    from brn_kernels.backends.triton import launcher
-
-    stand_in = Launches()
-
-    class Compiled(dict):
-        def get(self, key, default=None):
-            return stand_in, ("constants",)
-
-    known = launcher.prepared
-
-    def prepared(kernel, grid, dtypes, integers, floats, constants, device):
-        with mock.patch.object(constants, "compiled", Compiled()):
-            return known(kernel, grid, dtypes, integers, floats, constants, device)
-
-    with (
-        brn.use_backend("triton"),
-        mock.patch.object(node, "_plans", {}),
-        mock.patch.object(launcher, "prepared", prepared),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: ("stream", index), create=True),
-    ):
-        yield stand_in
-
-
-@pytest.mark.parametrize("wants", [(True, True, True, True), (True, False, True, False), (False, True, True, True)])
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_triton_is_launched_as_by_python(launches, activation, residual, affine, wants):
-    if not any((wants[0], wants[1] and residual and activation is not None)):
-        pytest.skip("then Python adds up weight's and bias's gradients in two launches, of which C++ knows nothing")
-    launches.activation = activation
-    layer, x, extra, dy = made(residual=residual, activation=activation, wants=wants, affine=affine)
-    with mock.patch.object(node, "gradients", mock.Mock(side_effect=AssertionError)):
-        y = layer(x, extra)
-        found = torch.autograd.grad(y, asked(x, extra, *layer.parameters()), dy)
-    ((*head, stream, function, metadata, a, b, c), (*tail, constants)) = (
-        launches.made[0][:9], launches.made[0][19:],
-    )  # fmt: skip
-    assert (stream, function, metadata, a, b, c) == (("stream", None), "function", "metadata", None, None, None)
-    assert constants == "constants" and len(head) == 3 and head[2] == 1 and len(launches.made) == 1
-
-    with in_python(), mock.patch("brn_kernels.backends.triton.launcher.launch") as spied:
-        from brn_kernels.backends.triton import launch
-
-        spied.side_effect = lambda *_: None
-        launch.backward(
-            dy, x.detach(), None, None, layer.weight, layer.bias, torch.ones(4, 6),
-            torch.zeros(24, 2, dtype=torch.uint8) if residual and activation else None, activation, wants[0],
-            wants[1] and residual and activation is not None,
-        )  # fmt: skip
-    (_, grid, pointers, integers, floats, *_), _ = spied.call_args
-    assert tuple(head[:2]) == tuple(grid) and tuple(tail) == (*integers, *floats)
-    assert [p is None for p in pointers] == [p is None for p in launches.made[0][9:19]]
-
-    with in_python(), brn.use_backend("reference"):
-        other, x, extra, dy = made(residual=residual, activation=activation, wants=wants, affine=affine)
-        expected = torch.autograd.grad(other(x, extra), asked(x, extra, *other.parameters()), dy)
-    for one, another in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, another)
-
-
-def test_triton_is_not_launched_on_unaligned_memory(launches):
-    launches.activation = None
-    layer, x, _, dy = made()
-    y = layer(x)
-    room = torch.empty(dy.numel() + 1)
-    dx = torch.autograd.grad(y, x, room[1:].view(dy.shape).copy_(dy))[0]
-    assert not launches.made
-    with in_python(), brn.use_backend("reference"):
-        other, x, _, dy = made()
-        torch.testing.assert_close(dx, torch.autograd.grad(other(x), x, dy)[0])
-
-
-def test_a_profiler_hears_of_tritons_launches(launches):
-    import triton
-
-    layer, x, _, dy = made()
-    assert is_in_cpp(layer(x))
-    with mock.patch.object(triton.knobs.runtime, "launch_enter_hook", lambda _: None):
-        y = layer(x)
-    assert not is_in_cpp(y)
-    y = layer(x)
-    assert is_in_cpp(y)
-    with mock.patch.object(triton.knobs.runtime, "launch_enter_hook", lambda _: None):
-        y.backward(dy)
-    assert not launches.made and x.grad is not None
-
-
-def test_an_error_of_tritons_launcher_comes_out_of_backward(launches):
-    launches.run = mock.Mock(side_effect=ValueError("of the launcher"))
-    layer, x, _, dy = made()
-    with pytest.raises(ValueError, match="of the launcher"):
-        layer(x).backward(dy)

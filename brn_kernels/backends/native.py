@@ -203,11 +203,6 @@ def backward_kernels(
     return tuple(memory.layout), strides, ACTIVATION_CODES[activation], workspace
 
 
-def is_profiled() -> bool:
-    """Whether a profiler must hear of each launch: PyTorch's hears of operators, by themselves."""
-    return False
-
-
 def _workspace(x: Tensor, shape: layout.Layout) -> Tensor | None:
     """Scratch memory for a call; made here, so that running out of memory is PyTorch's ``OutOfMemoryError``."""
     size = _workspace_bytes(shape, x.dtype, x.device)

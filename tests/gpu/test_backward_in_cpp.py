@@ -10,7 +10,7 @@ from brn_kernels import node
 
 pytestmark = [
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="there is no GPU; tests/test_node.py stands in for Triton"
+        not torch.cuda.is_available(), reason="there is no GPU; tests/test_node_triton.py stands in for Triton"
     ),
     pytest.mark.skipif(node.module() is None, reason="not built: run `brn build`"),
 ]

@@ -6,9 +6,8 @@ import torch
 import triton
 
 from .launch import apply, backward, backward_kernels, forward, is_fused
-from .launcher import is_profiled
 
-__all__ = ["apply", "backward", "backward_kernels", "forward", "is_fused", "is_profiled", "unusable"]
+__all__ = ["apply", "backward", "backward_kernels", "forward", "is_fused", "unusable"]
 
 
 def unusable(device_type: str) -> str | None:
