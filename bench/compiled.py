@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from brn_kernels.backends import reference
-from brn_kernels.backends.triton import kernels_backward, kernels_forward, launch
+from brn_kernels.backends.triton import kernels_backward, kernels_forward, launch, launcher
 from brn_kernels.backends.triton.kernels_common import SIZES
 
 KERNELS = {
@@ -30,6 +30,8 @@ TRITON_TYPES = {
     torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
 }  # fmt: skip
 BULK = {"x_ptr", "dy_ptr", "residual_ptr", "y_ptr", "dx_ptr", "dresidual_ptr"}  # what else is read is small
+PTX_TYPES = {"*": "u64", "i32": "u32", "fp64": "f64"}
+PTX_DECLARATION = re.compile(r"^\s*\.param \.(\w+)", re.MULTILINE)
 PTX_PARAMETER = re.compile(r"ld\.param\.b64\s+(%rd\d+), \[\w+?_param_(\d+)\]")
 PTX_ARITHMETIC = re.compile(r"\s(?:@!?%p\d+ )?(?:add|sub|mov|selp|cvta|mad|shl)\S*\s+(%rd\d+), (.*);")
 PTX_ACCESS = re.compile(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bus](\d+)\b.*?\[ (%rd\d+)")
@@ -68,13 +70,14 @@ class Compiled:
     spills: int  # instructions that touch local memory
     shared: int  # bytes
     narrowest: int  # bytes of the narrowest access to activations; 0: none was found
+    unlike_driver: str  # in what it differs from what ``csrc/autograd/triton.cpp`` launches
 
 
 class _Recorder:
     """Stands in for a kernel and notes how it is launched."""
 
     def __init__(self, kernel: Any, name: str, found: list[Launched]) -> None:
-        self.kernel, self.name, self.found = kernel, name, found
+        self.kernel, self.name, self.found, self.arg_names = kernel, name, found, kernel.arg_names
         self.grid: tuple[int, ...] = ()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -179,8 +182,19 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
     parameters = [name for name, kind in variant.signature if kind != "constexpr"]
     return Compiled(
         *_resources(compiled.asm["cubin"]), compiled.metadata.shared,
-        _narrowest_bulk_access(compiled.asm["ptx"], parameters),
+        _narrowest_bulk_access(compiled.asm["ptx"], parameters), _unlike_driver(compiled),
     )  # fmt: skip
+
+
+def _unlike_driver(compiled: Any) -> str:
+    kinds = [kind for kind in compiled.src.signature.values() if kind != "constexpr"]
+    expected = [PTX_TYPES.get(kind[0] if kind[0] == "*" else kind) for kind in kinds] + ["u64", "u64"]
+    if (found := PTX_DECLARATION.findall(compiled.asm["ptx"])) != expected:
+        return f"parameters {found} for {kinds}"
+    metadata = compiled.metadata
+    if f".reqntid {32 * metadata.num_warps}" not in compiled.asm["ptx"]:
+        return "another number of threads"
+    return "" if launcher.is_plain(metadata) else "asks for more than threads and shared memory"
 
 
 def _resources(cubin: bytes) -> tuple[int, int, int]:

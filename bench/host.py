@@ -1,7 +1,8 @@
 """What a call costs the host where kernels take no time: on a device that computes nothing (``idle_device.cpp``).
 
 Needs no GPU, but a C++ compiler. The host's code is the one that runs on a GPU: the layer's, autograd's (whose backward
-runs in another thread) and that which launches Triton kernels, up to the call of Triton's launcher.
+runs in another thread) and that which launches Triton kernels, up to the driver's call, or in Python that of Triton's
+launcher.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ from torch.utils import cpp_extension
 import brn_kernels as brn
 from brn_kernels import backends, node
 from brn_kernels.backends import triton as kernels
+from brn_kernels.backends.in_cpp import Driver
 from brn_kernels.backends.triton import launch, launcher
 
 from .record import machine
 
 SHAPE = (2, 64, 2, 2)
 NAME = "idle"  # of the device
-IN_PYTHON = "brn_kernels, backward in Python"
+IN_PYTHON = "brn_kernels, in Python"
 CALLS = 100  # one after the other, before it is another's turn
 COLUMNS = ("what", "direction", "p20_us", "p50_us")
 
 
 def run(out: Path, seconds: float) -> Path:
-    """Measure a small layer, with the backward in C++ and in Python, and BatchNorm in turns.
+    """Measure a small layer, in C++ and in Python, and BatchNorm in turns.
 
-    The CSV says microseconds of a call. Without autograd's node (``brn build``) all of ours are in Python.
+    The CSV says microseconds of a call. Without ``csrc/autograd`` (``brn build``) all of ours are in Python.
 
     Args:
         out: the CSV. ``direction``: "forward"; "backward" of one graph again and again; "both": of a new graph.
@@ -58,7 +60,7 @@ def run(out: Path, seconds: float) -> Path:
         layers |= {what: _moved(brn.BatchRenorm2d(SHAPE[1]), device) for what in (IN_PYTHON, "brn_kernels")}
         calls: dict[tuple[str, str], Callable[[], object]] = {}
         for what, layer in layers.items():
-            with _place_of_backward(what):
+            with _place(what):
                 calls |= {(what, name): call for name, call in _calls(layer, device)}
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*COLUMNS, *about])
@@ -73,7 +75,7 @@ def _in_turns(calls: dict[tuple[str, str], Callable[[], object]], seconds: float
     until = time.monotonic() + seconds
     while time.monotonic() < until or not all(found.values()):
         for label, call in calls.items():
-            with _place_of_backward(label[0]):
+            with _place(label[0]):
                 for done in range(-CALLS // 10, CALLS):
                     started = time.perf_counter()
                     call()
@@ -85,14 +87,14 @@ def _in_turns(calls: dict[tuple[str, str], Callable[[], object]], seconds: float
     return found
 
 
-def _place_of_backward(what: str) -> contextlib.AbstractContextManager[object]:
+def _place(what: str) -> contextlib.AbstractContextManager[object]:
     return mock.patch.object(node, "module", lambda: None) if what == IN_PYTHON else contextlib.nullcontext()
 
 
 def _calls(layer: nn.Module, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     x, dy = torch.empty(SHAPE, device=device, requires_grad=True), torch.empty(SHAPE, device=device)
     inputs = [x, *layer.parameters()]
-    torch.autograd.grad(layer(x), inputs, dy)  # what is launched by way of C++ was launched before
+    torch.autograd.grad(layer(x), inputs, dy)  # what C++ launches was launched before
     y = layer(x)
     yield "forward", lambda: layer(x)
     yield "backward", lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)
@@ -130,11 +132,24 @@ def _moved(layer: nn.Module, device: torch.device) -> nn.Module:
 class _Nothing:
     """Stands in for a kernel, and for what Triton makes of it."""
 
-    function = packed_metadata = None
-    arg_names: tuple[str, ...] = ()
+    function, packed_metadata = 0, None
+    metadata = types.SimpleNamespace(
+        num_warps=4, num_ctas=1, shared=0, launch_cooperative_grid=False, launch_pdl=False, global_scratch_size=0,
+        profile_scratch_size=0,
+    )  # fmt: skip
+
+    def __init__(self, kernel: Any) -> None:
+        self.arg_names = kernel.arg_names
+        self.src = types.SimpleNamespace(signature={})
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., _Nothing]:
-        return lambda *_, **__: self
+        return self._compiled
+
+    def _compiled(self, *arguments: object, **constants: object) -> _Nothing:
+        kinds = {int: "i32", float: "fp64", type(None): "constexpr"}
+        given = zip(self.arg_names, arguments, strict=False)
+        self.src.signature = {name: kinds.get(type(value), "*") for name, value in given}
+        return self
 
     def run(self, *_: object) -> None:
         """A launch."""
@@ -143,6 +158,7 @@ class _Nothing:
 @contextlib.contextmanager
 def _launching_nothing(device: torch.device) -> Iterator[None]:
     counters: Tensor = torch.empty(1, dtype=torch.int32, device=device)
+    driver = Driver(torch.ops.brn_idle.launch_kernel(), torch.ops.brn_idle.stream_is_capturing(), 0)
     with contextlib.ExitStack() as stack:
         for module, name in (
             (launch.kernels_forward, "stream_kernel"), (launch.kernels_forward, "resident_forward_kernel"),
@@ -150,8 +166,9 @@ def _launching_nothing(device: torch.device) -> Iterator[None]:
             (launch.kernels_backward, "apply_kernel"), (launch.kernels_backward, "alone_kernel"),
             (launch.kernels_backward, "resident_backward_kernel"),
         ):  # fmt: skip
-            stack.enter_context(mock.patch.object(module, name, _Nothing()))
+            stack.enter_context(mock.patch.object(module, name, _Nothing(getattr(module, name))))
         stack.enter_context(mock.patch.object(launcher, "_is_known", lambda *_: True))
+        stack.enter_context(mock.patch.object(launcher, "driver", lambda: driver))
         stack.enter_context(mock.patch.object(launch, "tickets", lambda *_: counters))
         stack.enter_context(mock.patch.object(backends, "_resolve", lambda *_: kernels))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from brn_kernels import node
 from brn_kernels.backends import triton as kernels
 from brn_kernels.backends.triton import config, launch
 from brn_kernels.backends.triton.config import Settings
@@ -99,6 +100,7 @@ class Trial:
 def _forget() -> None:
     for remembering in (config.launch_for, launch._plan):
         remembering.cache_clear()
+    node.forget()
 
 
 def trials(quick: bool) -> Iterator[list[Trial]]:

@@ -99,6 +99,14 @@ def renormalize(
     auto_state: Tensor | None = None,
 ) -> Tensor:
     """What ``batch_renorm`` and the layers share: check the tensors, then normalize in the mode asked for."""
+    call = (
+        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, auto_state,
+        schedule, momentum, eps, activation,
+    )  # fmt: skip
+    in_cpp = training and mask is None and process_group is None and not torch.compiler.is_compiling()
+    y = node.forward(*call) if in_cpp else None
+    if y is not None and y is not NotImplemented:
+        return y
     _check_tensors(x, residual, mask, weight, bias, running_mean, running_var, training, process_group)
     _check_devices(
         x, residual=residual, mask=mask, num_batches_tracked=num_batches_tracked, clipped=clipped, auto_state=auto_state
@@ -125,12 +133,12 @@ def renormalize(
                 x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits,
                 schedule, momentum, eps, activation, auto_state,
             )  # fmt: skip
+    elif y is NotImplemented and node.plan(*call) and (y := node.forward(*call)) is not None:
+        return y
     rest = (
         running_mean, running_var, num_batches_tracked, clipped, limits, schedule, momentum, eps, activation,
         backends.selected(), traced, process_group,
     )  # fmt: skip
-    if ordinary and mask is None and (y := node.forward(x, residual, weight, bias, rest[:10], auto_state)) is not None:
-        return y
     # Dynamo cannot trace a Function none of whose inputs wants a gradient
     if ordinary or (torch.is_grad_enabled() and _wants_gradient(x, residual, weight, bias)):
         return BatchRenormFunction.apply(x, residual, mask, weight, bias, (*rest, auto_state, ordinary))

@@ -1,7 +1,7 @@
-"""Ordinary training calls with the backward in C++ (``csrc/autograd``), where that has been built.
+"""Ordinary training calls in C++ (``csrc/autograd``), where that has been built: their forward and their backward.
 
-``BatchRenormFunction`` does the same everywhere; but PyTorch runs a GPU's backwards in a thread of their own, and to
-interpret Python there takes a fifth of a small layer's time (``brn bench host``).
+``functional.py`` and ``BatchRenormFunction`` do the same everywhere; but to interpret Python takes longer than a small
+layer's kernels, and PyTorch runs a GPU's backwards in a thread of their own (``brn bench host``).
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ import importlib.util
 import logging
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from . import backends, build
+from . import backends, build, observe
 from .autograd import gradients
 from .backends import layout, reference
+from .backends.in_cpp import NOT_YET, Call, whose
 
 logger = logging.getLogger("brn_kernels")
 
-MOST_PLANS = 4096  # the C++ frees none; calls of further kinds have their backward in Python
+MOST_PLANS = 4096  # of a backend; C++ frees none. Calls of further kinds are Python's.
 
-_plans: dict[tuple[Any, ...], int] = {}
+_plans: dict[str, Any] = {}  # by the name of a backend
 
 
 @functools.cache
@@ -38,93 +36,55 @@ def module() -> Any:
     try:
         return importlib.util.module_from_spec(spec)
     except ImportError as error:
-        logger.warning("%s cannot be loaded, backwards stay in Python: %s", built.autograd, error)
+        logger.warning("%s cannot be loaded, calls stay in Python: %s", built.autograd, error)
         return None
 
 
-def forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    rest: tuple[Any, ...],
-    auto_state: Tensor | None,
-) -> Tensor | None:
-    """The ordinary call's y, its backward in C++; None, and nothing done, if that cannot be.
+def forget() -> None:
+    """Make no further use of the plans so far, which hold what launches were when they were made."""
+    _plans.clear()
 
-    Args:
-        x: of the call.
-        residual: of the call.
-        weight: of the call.
-        bias: of the call.
-        rest: the arguments of ``ops.forward`` from ``running_mean`` to ``backend``.
-        auto_state: of the call.
+
+def forward(*call: Any) -> Any:
+    """Y of a :class:`Call`, its backward in C++; or, and nothing done, None: the call is Python's.
+
+    ``NotImplemented`` is returned where ``plan`` may change that, once the call has been found to be valid.
     """
     compiled = module()
     if compiled is None:
         return None
-    eps, activation, backend = rest[7:10]
-    kernels = backends.resolve(backend, x.device.type)
-    if not hasattr(kernels, "backward_kernels") or not _are_dense(weight, bias):
-        return None
-    key = (
-        backend, kernels, x.shape, x.stride(), x.dtype, x.device, x.requires_grad, eps, activation,
-        None if residual is None else (residual.stride(), residual.requires_grad),
-        None if weight is None else weight.dtype, None if bias is None else bias.dtype,
-    )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plan(compiled, kernels, x, residual, weight, bias, eps, activation, backend)
-        if plan is None:
-            return None
-        _plans[key] = plan
-    torch._C._set_grad_enabled(False)
-    try:
-        y, saved, bits = kernels.forward(x, residual, None, weight, bias, *rest[:9], auto_state=auto_state)
-    finally:
-        torch._C._set_grad_enabled(True)  # as in every ordinary call
-    return compiled.remember(plan, y, x, residual, weight, bias, saved, bits)
+    backend = backends.selected()
+    plans = _plans.get(backend)
+    if plans is None:
+        plans = _plans[backend] = compiled.new_plans(observe.observers, MOST_PLANS)
+    return compiled.forward(plans, *call)
 
 
-def _are_dense(weight: Tensor | None, bias: Tensor | None) -> bool:
-    return (weight is None or weight.is_contiguous()) and (bias is None or bias.is_contiguous())
+def plan(*arguments: Any) -> bool:
+    """Find out what C++ needs to know of such calls, if it can do them (yet); whether it can.
 
-
-def _plan(
-    compiled: Any,
-    kernels: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    backend: str,
-) -> int | None:
-    """Which kernels the backward launches, if it launches any (yet)."""
-    if len(_plans) >= MOST_PLANS:
-        return None
+    Args:
+        arguments: those of a call for which ``forward`` has returned ``NotImplemented``; they are valid.
+    """
+    call, backend = Call(*arguments), backends.selected()
+    x, residual, activation = call.x, call.residual, call.activation
     bits = reference.keeps_bits(residual, activation)
-    saves_residual = residual is not None and activation is not None and not bits
-    needs_dresidual = residual is not None and residual.requires_grad and activation is not None
-    found = kernels.backward_kernels(
-        x, residual if saves_residual else None, weight, bias, activation, bits, x.requires_grad, needs_dresidual
-    )
+    passes_dy_on = activation is None
+    needs_dresidual = residual is not None and residual.requires_grad and not passes_dy_on
+    kernels = backends.resolve(backend, x.device.type)
+    found = kernels.in_cpp(call, x.requires_grad, needs_dresidual) if hasattr(kernels, "in_cpp") else None
+    if found == NOT_YET:
+        return False
     if found is None:
-        return None
+        return module().plan(_plans[backend], call, None)
+    seen_as = layout.layout_of(x)
     in_python = functools.partial(
-        gradients, eps=eps, activation=activation, backend=backend,
-        channels_last=layout.layout_of(x).channels_last if bits else None,
+        gradients, eps=call.eps, activation=activation, backend=backend,
+        channels_last=seen_as.channels_last if bits else None,
     )  # fmt: skip
-    return compiled.new_plan(
-        in_python,
-        x,
-        residual,
-        weight,
-        bias,
-        saves_residual,
-        activation is None,
-        x.requires_grad,
-        needs_dresidual,
-        found,
-    )
+    saves_residual = residual is not None and activation is not None and not bits
+    made = (
+        in_python, found.unless, saves_residual, passes_dy_on, needs_dresidual,
+        tuple(layout.bits_shape(seen_as)) if bits else (), whose(found.forward), whose(found.backward),
+    )  # fmt: skip
+    return module().plan(_plans[backend], call, made)

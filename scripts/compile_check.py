@@ -1,6 +1,7 @@
 """Compile every kernel variant in use for real GPUs, without one, and look at what came out.
 
-Fails if a variant does not compile, spills registers, or moves activations in accesses narrower than alignment allows.
+Fails if a variant does not compile, spills registers, moves activations in accesses narrower than alignment allows, or
+has other parameters than C++ passes (``csrc/autograd/triton.cpp``).
 Run it as ``make compile-check``; ``--quick`` takes fewer dtypes.
 """
 
@@ -87,6 +88,8 @@ def row(variant: Variant, label: str, architecture: int) -> list[Any]:
         faults.append("no access to activations found")
     elif found.narrowest < wanted:
         faults.append(f"accesses of {found.narrowest} bytes, {wanted} possible")
+    if found.unlike_driver:
+        faults.append(f"C++ cannot launch it: {found.unlike_driver}")
     width = f"{found.narrowest} of {wanted}"
     return [*about, found.registers, found.shared, found.spills, width, "; ".join(faults)]
 

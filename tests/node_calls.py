@@ -1,4 +1,4 @@
-"""Layers and inputs whose backward is in C++ or in Python, for the tests of both."""
+"""Layers and inputs whose calls are in C++ or in Python, for the tests of both."""
 
 import contextlib
 from unittest import mock
@@ -15,7 +15,7 @@ ACTIVATIONS = (None, "relu", "silu")
 
 @contextlib.contextmanager
 def in_python():
-    """Backwards by ``BatchRenormFunction``."""
+    """Calls by ``BatchRenormFunction``."""
     with mock.patch.object(node, "module", lambda: None):
         yield
 
@@ -75,4 +75,6 @@ def compared(make, gradients):
     for one, another in zip(ours, theirs, strict=True):
         assert one.dtype == another.dtype and one.stride() == another.stride()
         assert torch.equal(one, another)
-    assert torch.equal(layer.running_var, other.running_var) and layer.num_batches_tracked == 1
+    for name, buffer in other.named_buffers():
+        assert torch.equal(layer.get_buffer(name), buffer)
+    assert layer.num_batches_tracked == 1

@@ -6,13 +6,13 @@ import ctypes
 import functools
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import build
 from . import layout, reference, sides
+from .in_cpp import Answer, Call, Kernels, NativeKernels
 from .sides import copy_back, dense
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "hardswish": 4}  # csrc/arguments.h
@@ -178,29 +178,26 @@ def backward(
     return dx, dweight, dbias, dresidual
 
 
-def backward_kernels(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-    has_bits: bool,
-    needs_dx: bool,
-    needs_dresidual: bool,
-) -> tuple[Any, ...] | None:
-    """What ``csrc/autograd`` needs to run this backward, of a dy that lies as x does; None if it cannot.
-
-    ``residual`` is the one the backward reads; weight and bias are dense.
-    """
-    if x.numel() == 0:
+def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> Answer:
+    """What ``csrc/autograd`` calls for such a call, and for its backward, of a dy that lies as x does."""
+    x, residual, activation = call.x, call.residual, call.activation
+    if not is_fused(x, residual, None, activation, call.auto_state is not None):
         return None
     memory = sides.memory_of(x, residual)
     if not memory.fits:
         return None
     of_x, of_residual, of_results = memory.strides
-    strides = (*of_x, *of_x, *of_residual, *of_results, *of_results)
-    workspace = _workspace_bytes(memory.layout, x.dtype, x.device)
-    return tuple(memory.layout), strides, ACTIVATION_CODES[activation], workspace
+    code, workspace = ACTIVATION_CODES[activation], _workspace_bytes(memory.layout, x.dtype, x.device)
+    shape = tuple(memory.layout)
+    return Kernels(
+        NativeKernels(
+            "brn_kernels_native::forward", shape, (*of_x, *of_residual, *of_results), code, workspace
+        ),
+        NativeKernels(
+            "brn_kernels_native::backward", shape, (*of_x, *of_x, *of_residual, *of_results, *of_results), code,
+            workspace,
+        ),
+    )  # fmt: skip
 
 
 def _workspace(x: Tensor, shape: layout.Layout) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import layout, reference, sides
+from ..in_cpp import NOT_YET, Answer, Call, Kernels, TritonKernels
 from ..sides import Memory, copy_back, dense
 from . import config, kernels_backward, kernels_forward, launcher
 from .config import Launch
@@ -65,40 +66,30 @@ def forward(
         )  # fmt: skip
     kept = reference.keeps_bits(residual, activation)
     plan = _plan("forward", memory, x.dtype, x.device, activation, kept, momentum is None)
-    launch = plan.launch
 
     y = torch.empty_like(x)
     saved = torch.empty(4, memory.layout.channels, dtype=plan.acc, device=x.device)
     bits = torch.empty(layout.bits_shape(memory.layout), dtype=torch.uint8, device=x.device) if kept else None
     workspace = None
-    if coefficients is not None or not launch.alone:
+    if coefficients is not None or not plan.launch.alone:
         workspace = torch.empty(plan.workspace, dtype=plan.acc, device=x.device)
     r_max, d_max, hold, r_ramp, d_ramp = schedule
-    weight, bias, limits = dense(weight), dense(bias), dense(limits)
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
     dense_state = dense(auto_state)
-    integers = (*plan.integers, int(hold), int(r_ramp), int(d_ramp))
-    floats = (r_max, d_max, 0.0 if momentum is None else momentum, eps, plan.values)
-    resident, stream = kernels_forward.resident_forward_kernel, kernels_forward.stream_kernel
-    with _on_device(x):
-        launcher.launch(
-            resident if launch.resident else stream, launch.grid,
-            (x, residual, y, bits, weight, bias, dense_mean, dense_var, dense_clipped,
-             num_batches_tracked, limits, dense_state, saved, workspace, tickets(x.device, plan.tickets)),
-            integers, floats, plan.summing, x.device,
-        )  # fmt: skip
-        if not launch.alone:
-            launcher.launch(
-                kernels_forward.repair_kernel, launch.grid,
-                (x, residual, y, bits, num_batches_tracked, workspace),
-                plan.integers, (), plan.writing, x.device,
-            )  # fmt: skip
+    tensors = {
+        "x": x, "residual": residual, "y": y, "bits": bits, "weight": dense(weight), "bias": dense(bias),
+        "running_mean": dense_mean, "running_var": dense_var, "clipped": dense_clipped, "counter": num_batches_tracked,
+        "limits": dense(limits), "auto": dense_state, "saved": saved, "workspace": workspace,
+    }  # fmt: skip
+    integers = (int(hold), int(r_ramp), int(d_ramp))
+    floats = (r_max, d_max, 0.0 if momentum is None else momentum, eps)
+    _launch(plan, tensors, integers, floats)
     copy_back(
         ((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped), (dense_state, auto_state))
     )
     if coefficients is not None:
         assert workspace is not None  # made above
-        coefficients.copy_(_coefficients(workspace, launch)[:3, : memory.layout.channels])
+        coefficients.copy_(_coefficients(workspace, plan.launch)[:3, : memory.layout.channels])
     return y, saved, bits
 
 
@@ -111,11 +102,7 @@ def apply(x: Tensor, coefficients: Tensor, activation: str | None) -> Tensor:
     plan = _plan("apply", memory, x.dtype, x.device, activation, False)
     workspace = torch.ones(plan.workspace, dtype=coefficients.dtype, device=x.device)
     _coefficients(workspace, plan.launch)[:3, : memory.layout.channels] = coefficients
-    with _on_device(x):
-        launcher.launch(
-            kernels_forward.repair_kernel, plan.launch.grid, (x, None, y, None, None, workspace), plan.integers, (),
-            plan.writing, x.device,
-        )  # fmt: skip
+    _launch(plan, {"x": x, "y": y, "workspace": workspace})
     return y
 
 
@@ -144,68 +131,97 @@ def backward(
         return sides.backward_of_copies(
             backward, dy, x, residual, mask, weight, bias, saved, bits, activation, needs_dx, needs_dresidual
         )
-    plan = _plan("backward", memory, x.dtype, x.device, activation, bits is not None)
-    launch, acc = plan.launch, plan.acc
-
-    weight, bias, saved, bits = dense(weight), dense(bias), saved.contiguous(), dense(bits)
+    writes = needs_dx or needs_dresidual
+    plan = _plan("backward", memory, x.dtype, x.device, activation, bits is not None, writes=writes)
+    channels, acc = memory.layout.channels, plan.acc
+    workspace = torch.empty(plan.workspace, dtype=acc, device=x.device) if plan.shares else None
     dx = torch.empty_like(x) if needs_dx else None
     dresidual = torch.empty_like(x) if needs_dresidual else None
-    dweight = torch.empty(memory.layout.channels, dtype=acc, device=x.device)
-    dbias = torch.empty(memory.layout.channels, dtype=acc, device=x.device)
-    tensors, targets = (dy, x, bits, weight, bias, saved), (dx, dresidual)
-    resident, alone = kernels_backward.resident_backward_kernel, kernels_backward.alone_kernel
-    with _on_device(x):
-        if launch.resident or (launch.alone and (needs_dx or needs_dresidual)):
-            launcher.launch(
-                resident if launch.resident else alone, launch.grid, (*tensors, dweight, dbias, *targets),
-                plan.integers, (plan.values,), plan.summing, x.device,
-            )  # fmt: skip
-        else:
-            workspace = torch.empty(plan.workspace, dtype=acc, device=x.device)
-            launcher.launch(
-                kernels_backward.reduce_kernel, launch.grid,
-                (*tensors, dweight, dbias, workspace, tickets(x.device, plan.tickets)),
-                plan.integers[:-4], (plan.values,), plan.summing, x.device,
-            )  # fmt: skip
-            if needs_dx or needs_dresidual:
-                launcher.launch(
-                    kernels_backward.apply_kernel, launch.grid, (*tensors, *targets, workspace),
-                    plan.integers, (), plan.writing, x.device,
-                )  # fmt: skip
+    dweight, dbias = (torch.empty(channels, dtype=acc, device=x.device) for _ in range(2))
+    tensors = {
+        "dy": dy, "x": x, "bits": dense(bits), "weight": dense(weight), "bias": dense(bias),
+        "saved": saved.contiguous(), "dweight": dweight, "dbias": dbias, "dx": dx, "dresidual": dresidual,
+        "workspace": workspace,
+    }  # fmt: skip
+    _launch(plan, tensors)
     return dx, dweight, dbias, dresidual
 
 
-def backward_kernels(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-    has_bits: bool,
-    needs_dx: bool,
-    needs_dresidual: bool,
-) -> tuple[Any, ...] | None:
-    """What ``csrc/autograd`` needs to run this backward, of a dy that lies as x does; None if it cannot (yet).
+def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> Answer:
+    """What ``csrc/autograd`` launches for such a call, and for its backward, of a dy that lies as x does.
 
-    That is one launch, which has been made before. ``residual`` is the one the backward reads; weight and bias are
-    dense.
+    Not yet, if one of the kernels has not been launched before.
     """
-    if not is_fused(x, residual, None, activation):
+    x, residual, activation = call.x, call.residual, call.activation
+    memory, of_backward = sides.memory_of(x, residual), sides.memory_of(x, x)
+    if not is_fused(x, residual, None, activation) or not memory.fits or not of_backward.fits:
         return None
-    memory = sides.memory_of(x, x)
-    if not memory.fits or not (needs_dx or needs_dresidual):
+    kept = reference.keeps_bits(residual, activation)
+    forward = _plan("forward", memory, x.dtype, x.device, activation, kept, call.momentum is None)
+    writes = needs_dx or needs_dresidual
+    backward = _plan("backward", of_backward, x.dtype, x.device, activation, kept, writes=writes)
+    given = {
+        "residual": residual, "weight": call.weight, "bias": call.bias, "running_mean": call.running_mean,
+        "running_var": call.running_var, "clipped": call.clipped, "counter": call.num_batches_tracked,
+        "limits": call.limits, "auto": call.auto_state,
+    }  # fmt: skip
+    dtypes = {name: None if tensor is None else tensor.dtype for name, tensor in given.items()}
+    dtypes |= dict.fromkeys(("x", "y", "dy"), x.dtype)
+    dtypes |= dict.fromkeys(("saved", "dweight", "dbias"), forward.acc)
+    dtypes["bits"] = torch.uint8 if kept else None
+    dtypes["dx"], dtypes["dresidual"] = (x.dtype if needed else None for needed in (needs_dx, needs_dresidual))
+    forwards, backwards = _prepared(forward, dtypes), _prepared(backward, dtypes)
+    if forwards is None or backwards is None:
+        return NOT_YET
+    return Kernels(forwards, backwards, unless=launcher.is_profiled)
+
+
+def _prepared(plan: Plan, dtypes: dict[str, torch.dtype | None]) -> TritonKernels | None:
+    """What ``_launch`` launches, for ``csrc/autograd``; None if it has not been launched before."""
+    driver = launcher.driver()
+    if driver is None:
         return None
-    plan = _plan("backward", memory, x.dtype, x.device, activation, has_bits)
-    launch, acc = plan.launch, plan.acc
-    if not launch.resident and not launch.alone:
-        return None
-    dtypes = (
-        x.dtype, x.dtype, torch.uint8 if has_bits else None, None if weight is None else weight.dtype,
-        None if bias is None else bias.dtype, acc, acc, acc, x.dtype if needs_dx else None,
-        x.dtype if needs_dresidual else None,
-    )  # fmt: skip
-    kernel = kernels_backward.resident_backward_kernel if launch.resident else kernels_backward.alone_kernel
-    return launcher.prepared(kernel, launch.grid, dtypes, plan.integers, (plan.values,), plan.summing, x.device)
+    dtypes = dtypes | {"workspace": plan.acc if plan.shares else None, "tickets": torch.int32}
+    launches = []
+    for step in plan.steps:
+        numbers = (*plan.integers[: step.integers], *([plan.values] if step.sums else []))
+        kernel, grid = step.kernel(), plan.launch.grid
+        prepared = launcher.prepared(kernel, grid, step.pointers, dtypes, numbers, step.constants)
+        if prepared is None:
+            return None
+        launches.append(prepared)
+    workspace, counters = plan.workspace if plan.shares else 0, plan.tickets if plan.counts else 0
+    return TritonKernels(driver, tuple(launches), workspace, counters, tickets)
+
+
+def _launch(
+    plan: Plan, tensors: dict[str, Tensor | None], integers: tuple[int, ...] = (), floats: tuple[float, ...] = ()
+) -> None:
+    """All launches of a plan; ``integers`` and ``floats`` are the layer's own numbers (``launcher.SETTINGS``)."""
+    x, grid = tensors["x"], plan.launch.grid
+    assert x is not None
+    with _on_device(x):
+        if plan.counts:
+            tensors["tickets"] = tickets(x.device, plan.tickets)
+        for step in plan.steps:
+            pointers, its_integers = tuple(map(tensors.get, step.pointers)), plan.integers[: step.integers]
+            numbers = (its_integers + integers, (*floats, plan.values)) if step.sums else (its_integers, ())
+            launcher.launch(step.kernel(), grid, pointers, *numbers, step.constants, x.device)
+
+
+class Step(NamedTuple):
+    """A launch."""
+
+    module: ModuleType
+    name: str  # of the kernel in it
+    pointers: tuple[str, ...]  # names of its parameters, without ``_ptr``
+    integers: int  # how many of the plan's
+    sums: bool  # it also takes the layer's own numbers, if there are any, and how many values a channel has
+    constants: Constants
+
+    def kernel(self) -> Any:
+        """What is launched now: benchmarks put others in its place."""
+        return getattr(self.module, self.name)
 
 
 class Plan(NamedTuple):
@@ -214,11 +230,12 @@ class Plan(NamedTuple):
     launch: Launch
     acc: torch.dtype  # of statistics and arithmetic
     integers: tuple[int, ...]  # a kernel's arguments from ``outer_size`` to the last stride
-    summing: Constants  # of the kernel that sums
-    writing: Constants  # of the one that only writes
+    steps: tuple[Step, ...]  # a kernel that sums, then one that only writes; one of them, or one that does both
     values: float  # of a channel
-    workspace: int  # elements, where a launch needs one
-    tickets: int
+    workspace: int  # numbers, where a launch needs one
+    shares: bool  # what programs find goes to others, by way of a workspace
+    tickets: int  # counters, if ``counts``
+    counts: bool
 
 
 @functools.lru_cache(maxsize=4096)
@@ -230,8 +247,9 @@ def _plan(
     activation: str | None,
     has_bits: bool,
     cumulative: bool = False,
+    writes: bool = True,
 ) -> Plan:
-    """Of a "forward", a "backward", or an "apply": a forward that only writes."""
+    """Of a "forward", a "backward" (which ``writes``, or only sums), or an "apply": a forward that only writes."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     is_backward = direction == "backward"
     shape, sides_in_turn = memory.layout, memory.strides
@@ -261,13 +279,39 @@ def _plan(
         sums |= {"GROUP": launch.group, "GROUP_ROWS": launch.group_rows, "MERGE_ROWS": merge_rows}
         if not is_backward:
             sums["ALONE"] = launch.alone
+    integers = (*geometry, *(stride // launch.vector for stride in strides))
     values = shape.outer * (1 if shape.channels_last else shape.inner)
     rows = kernels.COEFFICIENT_ROWS + kernels.PARTIAL_ROWS * (launch.splits + bundles)
+    steps = _steps(direction, launch, writes, Constants(**tile, **sums), Constants(**tile))
+    shares = "workspace" in steps[0].pointers and (is_backward or not launch.alone)
     return Plan(
-        launch, acc, (*geometry, *(stride // launch.vector for stride in strides)), Constants(**tile, **sums),
-        Constants(**tile), float(values), rows * launch.padded_channels,
+        launch, acc, integers, steps, float(values), rows * launch.padded_channels, shares,
         1 if not is_backward and launch.alone else launch.channel_tiles * (bundles + (bundles > 1)),
+        "tickets" in steps[0].pointers,
     )  # fmt: skip
+
+
+def _steps(direction: str, launch: Launch, writes: bool, summing: Constants, writing: Constants) -> tuple[Step, ...]:
+    second = None
+    if direction == "apply":
+        return (_step(kernels_forward, "repair_kernel", writing),)
+    if direction == "forward":
+        first = "resident_forward_kernel" if launch.resident else "stream_kernel"
+        second = None if launch.alone else "repair_kernel"
+    elif launch.resident or (launch.alone and writes):
+        first = "resident_backward_kernel" if launch.resident else "alone_kernel"
+    else:
+        first, second = "reduce_kernel", "apply_kernel" if writes else None
+    module = kernels_forward if direction == "forward" else kernels_backward
+    return (_step(module, first, summing), *([] if second is None else [_step(module, second, writing)]))
+
+
+def _step(module: ModuleType, name: str, constants: Constants) -> Step:
+    names = [parameter for parameter in getattr(module, name).arg_names if parameter not in constants.values]
+    pointers = tuple(each.removesuffix("_ptr") for each in names if each.endswith("_ptr"))
+    numbers = [each for each in names[len(pointers) :] if each not in launcher.SETTINGS]
+    sums = "values" in numbers
+    return Step(module, name, pointers, len(numbers) - sums, sums, constants)
 
 
 def _coefficients(workspace: Tensor, launch: Launch) -> Tensor:

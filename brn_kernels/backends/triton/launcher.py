@@ -8,8 +8,10 @@ never specialized on (``SIZES``), which is what makes that enough.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,9 +19,15 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from ..in_cpp import Driver, TritonLaunch
+
 ALIGNMENT = 16
 _INT32_MAX = 2**31 - 1
 _VERSIONS = ("3.6", "3.7", "3.8")  # whose compiled kernels are launched as below
+# What a kernel is told of a layer, at each call anew.
+SETTINGS: dict[str, type] = dict.fromkeys(("r_max", "d_max", "momentum", "eps"), float) | dict.fromkeys(
+    ("hold", "r_ramp", "d_ramp"), int
+)
 _version_is_known = triton.__version__.rpartition(".")[0] in _VERSIONS
 
 
@@ -74,34 +82,61 @@ def launch(
 def prepared(
     kernel: Any,
     grid: tuple[int, int],
-    dtypes: tuple[torch.dtype | None, ...],
-    integers: tuple[int, ...],
-    floats: tuple[float, ...],
+    pointers: tuple[str, ...],
+    dtypes: Mapping[str, torch.dtype | None],
+    numbers: tuple[int | float, ...],
     constants: Constants,
-    device: torch.device,
-) -> tuple[Any, ...] | None:
+) -> TritonLaunch | None:
     """The same launch for ``csrc/autograd``, but for the addresses; None if it has never been made by ``launch``.
 
     Args:
-        kernel: as of ``launch``, and so are all but ``dtypes``.
+        kernel: as of ``launch``, and so are grid and constants.
         grid: programs.
-        dtypes: of the pointers.
-        integers: sizes and strides.
-        floats: all other numbers.
+        pointers: names of the pointers, without ``_ptr``.
+        dtypes: of the pointers, by name.
+        numbers: all others but for the constants and ``SETTINGS``, in the kernel's order.
         constants: all else.
-        device: of the pointers.
-
-    Returns:
-        Whether not to (``is_profiled``), what is called, what finds the stream it runs on and of which device, and its
-        arguments: before the stream, between it and the addresses, and after these.
     """
-    found = constants.compiled.get((id(kernel), *dtypes))
-    if found is None or max(integers) > _INT32_MAX:
+    found = constants.compiled.get((id(kernel), *[dtypes[name] for name in pointers]))
+    if found is None or max(numbers) > _INT32_MAX:
         return None
-    compiled, rest = found
-    middle = (compiled.function, compiled.packed_metadata, None, None, None)
-    stream_of = torch._C._cuda_getCurrentRawStream
-    return is_profiled, compiled.run, stream_of, device.index, (*grid, 1), middle, (*integers, *floats, *rest)
+    compiled, _ = found
+    if not is_plain(compiled.metadata):
+        return None
+    given, parameters = iter(numbers), []
+    for name, kind in compiled.src.signature.items():
+        if kind == "constexpr":
+            if name.endswith("_ptr") or name in constants.values:
+                continue
+            return None
+        if name.endswith("_ptr"):
+            value, expected = None, kind if kind.startswith("*") else "a pointer"
+        else:
+            value = None if name in SETTINGS else next(given)
+            expected = "fp64" if SETTINGS.get(name) is float or isinstance(value, float) else "i32"
+        if kind != expected:
+            return None
+        parameters.append((name.removesuffix("_ptr"), value))
+    metadata = compiled.metadata
+    return TritonLaunch(compiled.function, *grid, 32 * metadata.num_warps, metadata.shared, tuple(parameters))
+
+
+@functools.cache
+def driver() -> Driver | None:
+    """The CUDA driver, which Triton has loaded; None if there is none."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        functions = (cuda.cuLaunchKernel, cuda.cuStreamIsCapturing, cuda.cuGetErrorString)
+    except (OSError, AttributeError):
+        return None
+    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+    return Driver(*[address or 0 for address in addresses])
+
+
+def is_plain(metadata: Any) -> bool:
+    """Whether a compiled kernel is launched with nothing but threads, shared memory and its parameters."""
+    more = metadata.launch_cooperative_grid, metadata.launch_pdl, metadata.global_scratch_size
+    return metadata.num_ctas == 1 and not any((*more, metadata.profile_scratch_size))
 
 
 def _is_as_compiled(addresses: list[int | None], integers: tuple[int, ...]) -> bool:

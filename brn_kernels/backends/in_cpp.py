@@ -1,0 +1,94 @@
+"""What a backend tells ``csrc/autograd`` of a kind of call, so that it runs without interpreting any Python.
+
+A backend's ``in_cpp(call, needs_dx, needs_dresidual)`` returns :class:`Kernels`; ``NOT_YET`` where that is possible
+only later (a kernel has not been compiled); None where it never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """The arguments of an ordinary training call, as ``csrc/autograd/calls.cpp`` takes them."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    clipped: Tensor | None
+    limits: Tensor | None
+    auto_state: Tensor | None
+    schedule: tuple[float, ...]
+    momentum: float | None
+    eps: float
+    activation: str | None
+
+
+class NativeKernels(NamedTuple):
+    """Those of one direction: a call of an operator of ``csrc/ops.cpp``."""
+
+    operator: str
+    layout: tuple[int, ...]
+    strides: tuple[int, ...]  # (outer, channel) of each activation tensor, in the operator's order
+    activation: int
+    workspace: int  # bytes
+
+
+class TritonLaunch(NamedTuple):
+    """One launch, by the CUDA driver.
+
+    ``parameters`` are the kernel's, in its order: a name, and its value, or None if it is the call's own.
+    """
+
+    function: int  # a CUfunction
+    grid_x: int
+    grid_y: int
+    threads: int
+    shared: int  # bytes
+    parameters: tuple[tuple[str, int | float | None], ...]
+
+
+class Driver(NamedTuple):
+    """Addresses of the CUDA driver's functions."""
+
+    launch: int  # cuLaunchKernel
+    is_capturing: int  # cuStreamIsCapturing
+    error_string: int  # cuGetErrorString
+
+
+class TritonKernels(NamedTuple):
+    """Those of one direction."""
+
+    driver: Driver
+    launches: tuple[TritonLaunch, ...]
+    workspace: int  # numbers of the statistics' dtype
+    tickets: int  # counters
+    tickets_of: Callable[..., Tensor]  # (device, tickets): ``triton.tickets``
+
+
+OneDirection = NativeKernels | TritonKernels
+
+
+class Kernels(NamedTuple):
+    """Of both directions, and what says whether a call must be left to Python, if anything can."""
+
+    forward: OneDirection
+    backward: OneDirection
+    unless: Callable[[], bool] | None = None
+
+
+NOT_YET: Literal["not yet"] = "not yet"
+
+Answer = Kernels | Literal["not yet"] | None
+
+
+def whose(kernels: OneDirection) -> tuple[str, tuple[Any, ...]]:
+    """As ``csrc/autograd`` takes them."""
+    return ("native" if isinstance(kernels, NativeKernels) else "triton"), kernels

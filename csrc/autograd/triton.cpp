@@ -1,0 +1,211 @@
+// Kernels that Triton compiled, launched as Triton's own launcher does, by the CUDA driver's cuLaunchKernel: their
+// parameters in turn, and after them two addresses of memory that these kernels need none of. To go by way of Triton's
+// launcher takes Python objects of all of them, and so Python's lock in the threads that run backwards.
+#include "kernels.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/Device.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <algorithm>
+#include <limits>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <variant>
+
+namespace brn {
+namespace {
+
+constexpr uintptr_t alignment = 16;  // of every address that Triton's kernels were compiled for
+constexpr size_t most_streams = 64;  // whose counters are found without asking Python
+
+// Of the CUDA driver: cuda.h would be needed for nothing else. They return 0 if they succeed.
+using LaunchKernel = int (*)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                             unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** parameters,
+                             void** extra);
+using IsCapturing = int (*)(void* stream, int* status);
+using ErrorString = int (*)(int error, const char** text);
+
+struct Driver {
+  LaunchKernel launch;
+  IsCapturing is_capturing;
+  ErrorString error_string;
+
+  void check(int error) const {
+    const char* text = nullptr;
+    TORCH_CHECK(error == 0, "a Triton kernel could not be launched: CUDA driver error ", error, ", ",
+                error_string(error, &text) == 0 ? text : "unknown");
+  }
+};
+
+// Where a parameter's value comes from: an address, a setting of the layer's, or what it always is. Triton's kernels
+// have 32-bit integers and 64-bit floats.
+using Source = std::variant<Slot, double Settings::*, int64_t Settings::*, int32_t, double>;
+
+Source source_of(const std::string& name, PyObject* value) {
+  if (PyFloat_Check(value)) return PyFloat_AS_DOUBLE(value);
+  if (PyLong_Check(value)) {
+    const long long integer = PyLong_AsLongLong(value);
+    TORCH_CHECK(integer == static_cast<int32_t>(integer), name, ": not of 32 bits");
+    return static_cast<int32_t>(integer);
+  }
+  TORCH_CHECK(value == Py_None, name, ": expected a number or None");
+  const std::pair<const char*, Source> settings[] = {{"r_max", &Settings::r_max},       {"d_max", &Settings::d_max},
+                                                     {"momentum", &Settings::momentum}, {"eps", &Settings::eps},
+                                                     {"hold", &Settings::hold},         {"r_ramp", &Settings::r_ramp},
+                                                     {"d_ramp", &Settings::d_ramp}};
+  for (const auto& [its_name, source] : settings) {
+    if (name == its_name) return source;
+  }
+  for (size_t slot = 0; slot < SLOTS; ++slot) {
+    if (slot_names[slot] == name) return static_cast<Slot>(slot);
+  }
+  TORCH_CHECK(false, name, ": no call has that");
+}
+
+union Value {
+  uintptr_t address;
+  int32_t integer;
+  double real;
+};
+
+struct Call {
+  const std::array<uintptr_t, SLOTS>& addresses;
+  const Settings* settings;
+
+  Value operator()(Slot slot) const { return {.address = addresses[slot]}; }
+  Value operator()(double Settings::* setting) const { return {.real = settings->*setting}; }
+  Value operator()(int64_t Settings::* setting) const { return {.integer = static_cast<int32_t>(settings->*setting)}; }
+  Value operator()(int32_t integer) const { return {.integer = integer}; }
+  Value operator()(double real) const { return {.real = real}; }
+};
+
+struct Launch {
+  void* function;
+  unsigned grid_x, grid_y, threads, shared_bytes;
+  std::vector<Source> parameters;
+
+  explicit Launch(PyObject* made) {
+    PyObject* each = nullptr;
+    unsigned long long address = 0;
+    if (!PyArg_ParseTuple(made, "KIIIIO!", &address, &grid_x, &grid_y, &threads, &shared_bytes, &PyTuple_Type, &each)) {
+      throw_python_error();
+    }
+    function = reinterpret_cast<void*>(address);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(each); ++i) {
+      const char* name = nullptr;
+      PyObject* value = nullptr;
+      if (!PyArg_ParseTuple(PyTuple_GET_ITEM(each, i), "sO", &name, &value)) throw_python_error();
+      parameters.push_back(source_of(name, value));
+    }
+  }
+
+  void on(void* stream, const Call& call, const Driver& driver) const {
+    c10::SmallVector<Value, 48> values;
+    c10::SmallVector<void*, 48> pointers;
+    for (const Source& each : parameters) values.push_back(std::visit(call, each));
+    values.append(2, Value{.address = 0});  // the two addresses
+    for (Value& value : values) pointers.push_back(&value);
+    driver.check(
+        driver.launch(function, grid_x, grid_y, 1, threads, 1, 1, shared_bytes, stream, pointers.data(), nullptr));
+  }
+};
+
+class TritonKernels final : public Kernels {
+ public:
+  TritonKernels(Driver driver, std::vector<Launch> launches, int64_t workspace, int64_t tickets, PyObject* tickets_of)
+      : driver_(driver),
+        launches_(std::move(launches)),
+        workspace_(workspace),
+        tickets_(tickets),
+        tickets_of_(tickets_of) {}
+
+  bool run(const Tensors& of, const Settings* settings) const override {
+    if (settings != nullptr && !fits(*settings)) return false;
+    std::array<uintptr_t, SLOTS> addresses = {};
+    uintptr_t all = 0;
+    for (size_t i = 0; i < SLOTS; ++i) {
+      if (of.at[i].defined()) all |= addresses[i] = reinterpret_cast<uintptr_t>(of.at[i].data_ptr());
+    }
+    if (all % alignment != 0) return false;
+    const Tensor& x = of[X];
+    const c10::DeviceGuard current(x.device());
+    const c10::Stream stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device());
+    void* handle = x.device().is_cpu() ? nullptr : stream.native_handle();  // of CPUs: in tests
+    Tensor workspace, counters;
+    if (workspace_ > 0) {
+      workspace = at::empty({workspace_}, of[SAVED].options());
+      addresses[WORKSPACE] = reinterpret_cast<uintptr_t>(workspace.data_ptr());
+    }
+    if (tickets_ > 0) {
+      counters = counters_on(x, stream, handle);
+      addresses[TICKETS] = reinterpret_cast<uintptr_t>(counters.data_ptr());
+    }
+    for (const Launch& each : launches_) each.on(handle, {addresses, settings}, driver_);
+    return true;
+  }
+
+ private:
+  static bool fits(const Settings& settings) {
+    return std::max({settings.hold, settings.r_ramp, settings.d_ramp}) <= std::numeric_limits<int32_t>::max();
+  }
+
+  // tickets.py's, which are the same at each call on a stream but for captured ones.
+  Tensor counters_on(const Tensor& x, const c10::Stream& stream, void* handle) const {
+    int status = 0;
+    const bool may_keep = driver_.is_capturing(handle, &status) == 0 && status == 0;
+    if (may_keep) {
+      const std::lock_guard<std::mutex> guard(kept_lock_);
+      for (const auto& [its_stream, counters] : kept_) {
+        if (its_stream == stream) return counters;
+      }
+    }
+    Tensor found = asked_of_python(x);
+    if (may_keep) {
+      const std::lock_guard<std::mutex> guard(kept_lock_);
+      if (kept_.size() < most_streams) kept_.emplace_back(stream, found);
+    }
+    return found;
+  }
+
+  Tensor asked_of_python(const Tensor& x) const {
+    const pybind11::gil_scoped_acquire gil;
+    const THPObjectPtr device(THPDevice_New(x.device())), count(PyLong_FromLongLong(tickets_));
+    if (!device || !count) throw_python_error();
+    THPObjectPtr found(PyObject_CallFunctionObjArgs(tickets_of_, device.get(), count.get(), nullptr));
+    if (!found) throw_python_error();
+    return THPVariable_Unpack(found.get());
+  }
+
+  Driver driver_;
+  std::vector<Launch> launches_;
+  int64_t workspace_, tickets_;  // numbers of the statistics' dtype, and counters
+  PyObject* tickets_of_;
+  mutable std::mutex kept_lock_;
+  mutable std::vector<std::pair<c10::Stream, Tensor>> kept_;
+};
+
+}  // namespace
+
+std::unique_ptr<Kernels> triton_kernels(PyObject* made) {
+  unsigned long long launch = 0, is_capturing = 0, error_string = 0;
+  PyObject *launches = nullptr, *tickets_of = nullptr;
+  long long workspace = 0, tickets = 0;
+  if (!PyArg_ParseTuple(made, "(KKK)O!LLO", &launch, &is_capturing, &error_string, &PyTuple_Type, &launches, &workspace,
+                        &tickets, &tickets_of)) {
+    throw_python_error();
+  }
+  const Driver driver = {reinterpret_cast<LaunchKernel>(launch), reinterpret_cast<IsCapturing>(is_capturing),
+                         reinterpret_cast<ErrorString>(error_string)};
+  std::vector<Launch> all;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(launches); ++i) all.emplace_back(PyTuple_GET_ITEM(launches, i));
+  Py_INCREF(tickets_of);
+  return std::make_unique<TritonKernels>(driver, std::move(all), workspace, tickets, tickets_of);
+}
+
+}  // namespace brn
