@@ -88,15 +88,21 @@ Tensor& fill(Tensor& self, const at::Scalar&) { return self; }
 Tensor& zero(Tensor& self) { return self; }
 
 // The CUDA driver's functions of these names.
-int launch_kernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**) {
+int cuLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**) {
   return 0;
 }
 
-int stream_is_capturing(void*, int* status) { return *status = 0; }
+int cuStreamIsCapturing(void*, int* status) { return *status = 0; }
+
+int cuCtxGetCurrent(void** context) {
+  *context = &memory;
+  return 0;
+}
 
 TORCH_LIBRARY(brn_idle, m) {
-  m.def("launch_kernel", [] { return reinterpret_cast<int64_t>(&launch_kernel); });
-  m.def("stream_is_capturing", [] { return reinterpret_cast<int64_t>(&stream_is_capturing); });
+  m.def("cuLaunchKernel", [] { return reinterpret_cast<int64_t>(&cuLaunchKernel); });
+  m.def("cuStreamIsCapturing", [] { return reinterpret_cast<int64_t>(&cuStreamIsCapturing); });
+  m.def("cuCtxGetCurrent", [] { return reinterpret_cast<int64_t>(&cuCtxGetCurrent); });
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {

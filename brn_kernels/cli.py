@@ -117,7 +117,7 @@ def _gather_info() -> dict[str, dict[str, str]]:
             devices[f"{accelerator.type}:{index}"] = _describe(accelerator.type, index)
 
     choice = {"selected": backends.selected()}
-    choice["backward"] = "in Python (`brn build`)" if node.module() is None else "in C++"
+    choice["calls"] = "in Python (`brn build`)" if node.module() is None else "in C++"
     for device_type in device_types:
         choice[f"used on {device_type}"] = backends.resolve(choice["selected"], device_type).__name__.rpartition(".")[2]
     why = {name: "available" if reason is None else f"no: {reason}" for name, reason in available_backends().items()}

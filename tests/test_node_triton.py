@@ -282,7 +282,7 @@ def test_many_threads(tiny_tiles, driver):
     in_cpp(layer, *inputs)
     layer.reset_running_stats()
     expected = step(copy.deepcopy(layer), *inputs)[1]
-    results = []
+    results, contexts = [], driver.contexts
 
     def work():
         for _ in range(5):
@@ -293,5 +293,5 @@ def test_many_threads(tiny_tiles, driver):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(results) == 15
+    assert len(results) == 15 and (contexts, driver.contexts) == (1, 4)  # one for each thread
     assert all(torch.equal(a, b) for found in results for a, b in zip(found, expected, strict=True))

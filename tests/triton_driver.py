@@ -9,7 +9,6 @@ from unittest import mock
 import torch
 
 from brn_kernels import node
-from brn_kernels.backends.in_cpp import Driver
 
 LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
@@ -18,6 +17,10 @@ LAUNCH = ctypes.CFUNCTYPE(
 IS_CAPTURING = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
 ERROR_STRING = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))
 ONE_AT_A_TIME = threading.RLock()  # the interpreter is not made for several
+CURRENT_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
+DEVICE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_int)
+PRIMARY_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int)
+SET_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 NUMBERS = {"i32": ctypes.c_int32, "fp64": ctypes.c_double}
 
 
@@ -68,20 +71,29 @@ class Compiled:
 
 
 class StandIn:
-    """The driver. ``launched``: (function, grid, threads, shared bytes, stream) of each launch in C++."""
+    """The driver.
+
+    ``launched``: (function, grid, threads, shared bytes, stream) of each launch in C++. ``contexts``: how often a
+    thread was given the device's, without which it may launch nothing.
+    """
 
     def __init__(self):
-        self.compiled, self.launched, self.error, self.capturing = [], [], 0, 0
-        self._kept = LAUNCH(self._launch), IS_CAPTURING(self._is_capturing), ERROR_STRING(self._error_string)
+        self.compiled, self.launched, self.error, self.capturing, self.contexts = [], [], 0, 0, 0
+        self._current = threading.local()
+        self._kept = (
+            LAUNCH(self._launch), IS_CAPTURING(self._is_capturing), ERROR_STRING(self._error_string),
+            CURRENT_CONTEXT(self._current_context), DEVICE(self._device), PRIMARY_CONTEXT(self._primary_context),
+            SET_CONTEXT(self._set_context),
+        )  # fmt: skip
 
     def addresses(self):
-        return Driver(*[ctypes.cast(function, ctypes.c_void_p).value for function in self._kept])
+        return tuple(ctypes.cast(function, ctypes.c_void_p).value for function in self._kept)
 
     def _launch(self, function, gx, gy, gz, tx, ty, tz, shared, stream, parameters, extra):
         compiled = self.compiled[function - 1]
         self.launched.append((function, (gx, gy, gz), (tx, ty, tz), shared, stream))
-        if self.error:
-            return self.error
+        if self.error or not hasattr(self._current, "context"):
+            return self.error or 201
         kinds = [kind for kind in compiled.src.signature.values() if kind != "constexpr"]
         kinds += ["*scratch", "*scratch"]  # Triton appends them to every kernel's parameters
         values = [NUMBERS.get(kind, ctypes.c_uint64).from_address(parameters[i]).value for i, kind in enumerate(kinds)]
@@ -96,6 +108,23 @@ class StandIn:
 
     def _error_string(self, error, text):
         text[0] = b"as the driver says"
+        return 0
+
+    def _current_context(self, context):
+        context[0] = getattr(self._current, "context", None)
+        return 0
+
+    def _device(self, device, index):
+        device[0] = 10 + index
+        return 0
+
+    def _primary_context(self, context, device):
+        context[0] = 100 + device
+        return 0
+
+    def _set_context(self, context):
+        self._current.context = context
+        self.contexts += 1
         return 0
 
 

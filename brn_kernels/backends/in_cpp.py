@@ -55,18 +55,17 @@ class TritonLaunch(NamedTuple):
     parameters: tuple[tuple[str, int | float | None], ...]
 
 
-class Driver(NamedTuple):
-    """Addresses of the CUDA driver's functions."""
-
-    launch: int  # cuLaunchKernel
-    is_capturing: int  # cuStreamIsCapturing
-    error_string: int  # cuGetErrorString
+# The CUDA driver's functions that C++ is given the addresses of, in the order of ``Driver`` in ``triton.cpp``.
+DRIVER_FUNCTIONS = (
+    "cuLaunchKernel", "cuStreamIsCapturing", "cuGetErrorString", "cuCtxGetCurrent", "cuDeviceGet",
+    "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
+)  # fmt: skip
 
 
 class TritonKernels(NamedTuple):
     """Those of one direction."""
 
-    driver: Driver
+    driver: tuple[int, ...]  # addresses of ``DRIVER_FUNCTIONS``
     launches: tuple[TritonLaunch, ...]
     workspace: int  # numbers of the statistics' dtype
     tickets: int  # counters

@@ -32,7 +32,7 @@ class Built:
     Attributes:
         cpu: The library to load for CPUs; load it first, it defines the operators.
         cuda: The library to load for GPUs, or None if there is none.
-        autograd: The module of autograd's node, or None if there is none.
+        autograd: The module for calls in C++, or None if there is none.
         architectures: The GPUs ``cuda`` was compiled for, for example ``("80", "90")``; it runs on newer ones too.
         compiled: Which of the libraries were compiled just now; the others were there already.
         seconds: How long that took.
@@ -61,7 +61,7 @@ def build(
 
     Args:
         cuda: Whether to compile the CUDA library too; None: if torch is a CUDA build and there is an nvcc.
-        autograd: Whether to compile the module of autograd's node too, where that can be: it is not worth an error.
+        autograd: Whether to compile the module for calls in C++ too, where that can be: it is not worth an error.
         architectures: GPUs to compile for, for example ``["90"]`` (this implies ``cuda``); None:
             ``recipe.ARCHITECTURES``, as far as nvcc knows them.
         sanitize: With AddressSanitizer and UndefinedBehaviorSanitizer; CPU only.
@@ -99,7 +99,7 @@ def build(
         try:
             now, too = _compiled(["autograd"], None, sanitize, directory, say)
         except BuildError as error:  # it uses what PyTorch does not promise to keep
-            say(f"backwards stay in Python: {error}")
+            say(f"calls stay in Python: {error}")
         else:
             found, compiled = found | now, compiled + too
     return _built(found, compiled, time.monotonic() - start)

@@ -12,6 +12,7 @@
 #include <torch/csrc/utils/object_ptr.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <mutex>
 #include <string>
@@ -24,22 +25,33 @@ namespace {
 constexpr uintptr_t alignment = 16;  // of every address that Triton's kernels were compiled for
 constexpr size_t most_streams = 64;  // whose counters are found without asking Python
 
-// Of the CUDA driver: cuda.h would be needed for nothing else. They return 0 if they succeed.
-using LaunchKernel = int (*)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                             unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** parameters,
-                             void** extra);
-using IsCapturing = int (*)(void* stream, int* status);
-using ErrorString = int (*)(int error, const char** text);
-
+// The CUDA driver's functions of these names: cuda.h would be needed for nothing else. They return 0 if they succeed.
 struct Driver {
-  LaunchKernel launch;
-  IsCapturing is_capturing;
-  ErrorString error_string;
+  int (*launch_kernel)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                       unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** parameters,
+                       void** extra);
+  int (*stream_is_capturing)(void* stream, int* status);
+  int (*get_error_string)(int error, const char** text);
+  int (*get_current_context)(void** context);
+  int (*get_device)(int* device, int index);
+  int (*retain_primary_context)(void** context, int device);
+  int (*set_current_context)(void* context);
 
   void check(int error) const {
     const char* text = nullptr;
     TORCH_CHECK(error == 0, "a Triton kernel could not be launched: CUDA driver error ", error, ", ",
-                error_string(error, &text) == 0 ? text : "unknown");
+                get_error_string(error, &text) == 0 ? text : "unknown");
+  }
+
+  // A thread that runs backwards has no context before CUDA's runtime has worked in it, which need not be so here.
+  void ensure_context(int index) const {
+    void* context = nullptr;
+    check(get_current_context(&context));
+    if (context != nullptr) return;
+    int device = 0;
+    check(get_device(&device, index));
+    check(retain_primary_context(&context, device));  // the runtime's; for good
+    check(set_current_context(context));
   }
 };
 
@@ -111,8 +123,8 @@ struct Launch {
     for (const Source& each : parameters) values.push_back(std::visit(call, each));
     values.append(2, Value{.address = 0});  // the two addresses
     for (Value& value : values) pointers.push_back(&value);
-    driver.check(
-        driver.launch(function, grid_x, grid_y, 1, threads, 1, 1, shared_bytes, stream, pointers.data(), nullptr));
+    driver.check(driver.launch_kernel(function, grid_x, grid_y, 1, threads, 1, 1, shared_bytes, stream, pointers.data(),
+                                      nullptr));
   }
 };
 
@@ -137,6 +149,7 @@ class TritonKernels final : public Kernels {
     const c10::DeviceGuard current(x.device());
     const c10::Stream stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device());
     void* handle = x.device().is_cpu() ? nullptr : stream.native_handle();  // of CPUs: in tests
+    driver_.ensure_context(x.device().index());
     Tensor workspace, counters;
     if (workspace_ > 0) {
       workspace = at::empty({workspace_}, of[SAVED].options());
@@ -158,7 +171,7 @@ class TritonKernels final : public Kernels {
   // tickets.py's, which are the same at each call on a stream but for captured ones.
   Tensor counters_on(const Tensor& x, const c10::Stream& stream, void* handle) const {
     int status = 0;
-    const bool may_keep = driver_.is_capturing(handle, &status) == 0 && status == 0;
+    const bool may_keep = driver_.stream_is_capturing(handle, &status) == 0 && status == 0;
     if (may_keep) {
       const std::lock_guard<std::mutex> guard(kept_lock_);
       for (const auto& [its_stream, counters] : kept_) {
@@ -193,15 +206,16 @@ class TritonKernels final : public Kernels {
 }  // namespace
 
 std::unique_ptr<Kernels> triton_kernels(PyObject* made) {
-  unsigned long long launch = 0, is_capturing = 0, error_string = 0;
-  PyObject *launches = nullptr, *tickets_of = nullptr;
+  PyObject *addresses = nullptr, *launches = nullptr, *tickets_of = nullptr;
   long long workspace = 0, tickets = 0;
-  if (!PyArg_ParseTuple(made, "(KKK)O!LLO", &launch, &is_capturing, &error_string, &PyTuple_Type, &launches, &workspace,
-                        &tickets, &tickets_of)) {
+  if (!PyArg_ParseTuple(made, "O!O!LLO", &PyTuple_Type, &addresses, &PyTuple_Type, &launches, &workspace, &tickets,
+                        &tickets_of)) {
     throw_python_error();
   }
-  const Driver driver = {reinterpret_cast<LaunchKernel>(launch), reinterpret_cast<IsCapturing>(is_capturing),
-                         reinterpret_cast<ErrorString>(error_string)};
+  Driver driver = {};
+  const std::vector<int64_t> functions = integers(addresses);
+  TORCH_CHECK(functions.size() * sizeof(int64_t) == sizeof(driver), "addresses of the driver's functions");
+  std::memcpy(&driver, functions.data(), sizeof(driver));
   std::vector<Launch> all;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(launches); ++i) all.emplace_back(PyTuple_GET_ITEM(launches, i));
   Py_INCREF(tickets_of);

@@ -33,7 +33,7 @@ def test_every_call_of_ours_and_of_batchnorm_is_timed(run):
     with path.open() as file:
         rows = {(row["what"], row["direction"]): float(row["p50_us"]) for row in csv.DictReader(file)}
     directions = ("forward", "backward", "both")
-    whats = ("BatchNorm", "brn_kernels, backward in Python", "brn_kernels")
+    whats = ("BatchNorm", "brn_kernels, in Python", "brn_kernels")
     assert list(rows) == [(what, direction) for what in whats for direction in directions]
     assert all(time > 0 for time in rows.values())
 

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from ..in_cpp import Driver, TritonLaunch
+from ..in_cpp import DRIVER_FUNCTIONS, TritonLaunch
 
 ALIGNMENT = 16
 _INT32_MAX = 2**31 - 1
@@ -122,15 +122,14 @@ def prepared(
 
 
 @functools.cache
-def driver() -> Driver | None:
-    """The CUDA driver, which Triton has loaded; None if there is none."""
+def driver() -> tuple[int, ...] | None:
+    """Addresses of the CUDA driver's ``DRIVER_FUNCTIONS``; None if there is no driver."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
-        functions = (cuda.cuLaunchKernel, cuda.cuStreamIsCapturing, cuda.cuGetErrorString)
+        functions = [getattr(cuda, name) for name in DRIVER_FUNCTIONS]
     except (OSError, AttributeError):
         return None
-    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-    return Driver(*[address or 0 for address in addresses])
+    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
 
 
 def is_plain(metadata: Any) -> bool:

@@ -1,0 +1,118 @@
+"""Run by test_node_driver.py where libcuda.so.1 is the stand-in: launches by Triton's launcher and by C++, compared.
+
+Kernels are compiled for sm_90; they are launched on the CPU's memory, which nothing reads.
+"""
+
+import contextlib
+import ctypes
+import itertools
+from unittest import mock
+
+import torch
+import triton
+from node_calls import asked, in_python, is_in_cpp, laid_out, made
+from triton.runtime import driver as triton_driver
+
+import brn_kernels as brn
+from bench.compiled import Recorder, compiled_by_triton, recorded
+from brn_kernels import node
+from brn_kernels.backends.triton import config, launch, launcher
+
+LISTENER = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_uint64, *[ctypes.c_uint] * 5, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
+)
+SIZES = {"i32": 4, "fp64": 8}
+compiled, launched = [], []
+
+
+class Compiling(Recorder):
+    """A kernel that is compiled instead of run."""
+
+    def record(self, *arguments, **keywords):
+        """A first launch."""
+        super().record(*arguments, **keywords)
+        made = compiled_by_triton(self.found[-1].variant, 90)
+        made._run = triton_driver.active.launcher_cls(made.src, made.metadata)
+        compiled.append(made)
+        made.function, made.module = len(compiled), 1
+        return made
+
+
+@LISTENER
+def listener(function, x, y, z, threads, shared_bytes, stream, parameters):
+    """Notes a launch: all but addresses by its bytes, of addresses whether there is one."""
+    kinds = [kind for kind in compiled[function - 1].src.signature.values() if kind != "constexpr"]
+    values = []
+    for i, kind in enumerate([*kinds, "*scratch", "*scratch"]):
+        value = ctypes.string_at(parameters[i], SIZES.get(kind, 8))
+        values.append(any(value) if kind.startswith("*") and value not in given else value)
+    launched.append((function, x, y, z, threads, shared_bytes, stream, tuple(values)))
+    return 0
+
+
+given = set()  # the addresses that are the same by both ways
+
+
+def main():
+    """Compare; raises where they differ."""
+    from triton.backends.nvidia.driver import CudaDriver
+
+    triton_driver.set_active(CudaDriver())
+    ctypes.CDLL("libcuda.so.1").listen_to_launches(listener)
+    assert launcher.driver() is not None
+    fused = ((False, None), (True, "relu"))
+    cases = list(itertools.product(("contiguous", "channels_last"), (torch.float32, torch.bfloat16), fused))
+    with contextlib.ExitStack() as stack:
+        for what, name, value in (
+            (launcher, "_is_known", lambda *_: True), (config, "multiprocessors_of", lambda _: 7),
+            (launch, "tickets", lambda *_: COUNTERS), (node, "_plans", {}),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(what, name, value))
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True))
+        stack.enter_context(recorded([], Compiling))
+        numbers = [compare(*case) for case in cases]
+        for name, value in TINY_TILES.items():
+            stack.enter_context(mock.patch.object(config, name, value))
+        numbers += [compare(*case) for case in cases]
+    assert set(numbers) == {2, 4}, numbers
+
+
+COUNTERS = torch.zeros(4096, dtype=torch.int32)
+TINY_TILES = {
+    "SETTINGS": dict.fromkeys(config.SETTINGS, config.Settings(1, 1, 3)), "MAX_INNER_CHANNELS_LAST": 8,
+    "MIN_INNER_CONTIGUOUS": 8, "ITEMS_WITHOUT_SPLIT": 0, "_resident": lambda *_: None,
+}  # fmt: skip
+
+
+def compare(layout, dtype, fused):
+    """The launches of a step, of one kind of call: how many."""
+    residual, activation = fused
+    config.launch_for.cache_clear()
+    launch._plan.cache_clear()
+    node.forget()
+    launched.clear()
+    layer, x, extra, dy = made(dtype, layout, residual, activation, affine=residual)
+    layer.momentum, layer.schedule = 0.25, brn.ClipSchedule(2.5, 3.5, hold=7, r_ramp=11, d_ramp=13)
+    dy = laid_out(dy, layout)
+    tensors = [x, extra, dy, *layer.parameters(), *layer.buffers(), COUNTERS]
+    given.clear()
+    given.update(t.data_ptr().to_bytes(8, "little") for t in tensors if t is not None)
+
+    def step():
+        launched.clear()
+        y = layer(x, extra)
+        torch.autograd.grad(y, asked(x, extra, *layer.parameters()), dy)
+        return is_in_cpp(y), list(launched)
+
+    with in_python():
+        step()  # compiles
+        _, by_triton = step()
+    was_in_cpp, by_cpp = step()
+    assert was_in_cpp and by_cpp == by_triton, (by_cpp, by_triton)
+    return len(by_cpp)
+
+
+if __name__ == "__main__":
+    with brn.use_backend("auto"), mock.patch("brn_kernels.backends._resolve", lambda *_: brn.backends.triton):
+        main()
+    print(f"triton {triton.__version__}: alike")
