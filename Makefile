@@ -65,7 +65,7 @@ check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSRC) bench/idle_device.cpp
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) bench/idle_device.cpp tests/cuda_driver.c
 
 clean: ## remove all that make created, .venv included
 	rm -rf .venv brn_kernels/_native build dist *.egg-info

@@ -186,7 +186,7 @@ def compiled_by_triton(variant: Variant, architecture: int) -> Any:
     kernel = getattr(module, variant.kernel)
     position = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
-        getattr(kernel, "kernel", kernel), dict(variant.signature),
+        kernel.kernel if isinstance(kernel, Recorder) else kernel, dict(variant.signature),
         {(position[n],): value for n, value in variant.constants},
         {(position[n],): [["tt.divisibility", 16]] for n in variant.divisible},
     )  # fmt: skip

@@ -38,7 +38,6 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
-  void* getStreamNativeHandle(const c10::Stream) const override { return nullptr; }
 };
 
 struct Memory final : c10::Allocator {
@@ -99,10 +98,18 @@ int cuCtxGetCurrent(void** context) {
   return 0;
 }
 
+// PyTorch's own.
+int aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
 TORCH_LIBRARY(brn_idle, m) {
   m.def("cuLaunchKernel", [] { return reinterpret_cast<int64_t>(&cuLaunchKernel); });
   m.def("cuStreamIsCapturing", [] { return reinterpret_cast<int64_t>(&cuStreamIsCapturing); });
   m.def("cuCtxGetCurrent", [] { return reinterpret_cast<int64_t>(&cuCtxGetCurrent); });
+  m.def("aoti_torch_get_current_cuda_stream",
+        [] { return reinterpret_cast<int64_t>(&aoti_torch_get_current_cuda_stream); });
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {

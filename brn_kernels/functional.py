@@ -103,8 +103,9 @@ def renormalize(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, auto_state,
         schedule, momentum, eps, activation,
     )  # fmt: skip
+    backend = backends.selected()
     in_cpp = training and mask is None and process_group is None and not torch.compiler.is_compiling()
-    y = node.forward(*call) if in_cpp else None
+    y = node.forward(backend, *call) if in_cpp else None
     if y is not None and y is not NotImplemented:
         return y
     _check_tensors(x, residual, mask, weight, bias, running_mean, running_var, training, process_group)
@@ -133,11 +134,13 @@ def renormalize(
                 x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits,
                 schedule, momentum, eps, activation, auto_state,
             )  # fmt: skip
-    elif y is NotImplemented and node.plan(*call) and (y := node.forward(*call)) is not None:
-        return y
+    elif y is NotImplemented and node.prepare(backend, *call):
+        y = node.forward(backend, *call)
+        if y is not None and y is not NotImplemented:
+            return y
     rest = (
         running_mean, running_var, num_batches_tracked, clipped, limits, schedule, momentum, eps, activation,
-        backends.selected(), traced, process_group,
+        backend, traced, process_group,
     )  # fmt: skip
     # Dynamo cannot trace a Function none of whose inputs wants a gradient
     if ordinary or (torch.is_grad_enabled() and _wants_gradient(x, residual, weight, bias)):

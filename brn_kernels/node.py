@@ -15,7 +15,7 @@ from typing import Any
 from . import backends, build, observe
 from .autograd import gradients
 from .backends import layout, reference
-from .backends.in_cpp import NOT_YET, Call, whose
+from .backends.in_cpp import Call, whose
 
 logger = logging.getLogger("brn_kernels")
 
@@ -45,38 +45,31 @@ def forget() -> None:
     _plans.clear()
 
 
-def forward(*call: Any) -> Any:
-    """Y of a :class:`Call`, its backward in C++; or, and nothing done, None: the call is Python's.
+def forward(backend: str, *call: Any) -> Any:
+    """Y of a :class:`Call` by the backend of that name; or, and nothing done, None: the call is Python's.
 
-    ``NotImplemented`` is returned where ``plan`` may change that, once the call has been found to be valid.
+    ``NotImplemented`` is returned where ``prepare`` may change that, once the call has been found to be valid.
     """
     compiled = module()
-    if compiled is None:
-        return None
-    backend = backends.selected()
-    plans = _plans.get(backend)
-    if plans is None:
-        plans = _plans[backend] = compiled.new_plans(observe.observers, MOST_PLANS)
-    return compiled.forward(plans, *call)
+    return None if compiled is None else compiled.forward(_plans_of(backend), *call)
 
 
-def plan(*arguments: Any) -> bool:
-    """Find out what C++ needs to know of such calls, if it can do them (yet); whether it can.
+def prepare(backend: str, *arguments: Any) -> bool:
+    """Tell C++ what it needs to know of such calls, if it can do them; whether it can.
 
     Args:
+        backend: the same name.
         arguments: those of a call for which ``forward`` has returned ``NotImplemented``; they are valid.
     """
-    call, backend = Call(*arguments), backends.selected()
+    call = Call(*arguments)
     x, residual, activation = call.x, call.residual, call.activation
     bits = reference.keeps_bits(residual, activation)
     passes_dy_on = activation is None
     needs_dresidual = residual is not None and residual.requires_grad and not passes_dy_on
     kernels = backends.resolve(backend, x.device.type)
     found = kernels.in_cpp(call, x.requires_grad, needs_dresidual) if hasattr(kernels, "in_cpp") else None
-    if found == NOT_YET:
-        return False
     if found is None:
-        return module().plan(_plans[backend], call, None)
+        return False
     seen_as = layout.layout_of(x)
     in_python = functools.partial(
         gradients, eps=call.eps, activation=activation, backend=backend,
@@ -87,4 +80,10 @@ def plan(*arguments: Any) -> bool:
         in_python, found.unless, saves_residual, passes_dy_on, needs_dresidual,
         tuple(layout.bits_shape(seen_as)) if bits else (), whose(found.forward), whose(found.backward),
     )  # fmt: skip
-    return module().plan(_plans[backend], call, made)
+    module().prepare(_plans_of(backend), call, made)
+    return True
+
+
+def _plans_of(backend: str) -> Any:
+    plans = _plans.get(backend)
+    return plans if plans is not None else _plans.setdefault(backend, module().new_plans(observe.observers, MOST_PLANS))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _FLOAT32_MAX = 3.4028234663852886e38
+_FOR_EVER = 2.0**61  # batches: the operators count in 64 bits
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class ClipSchedule:
     @property
     def numbers(self) -> tuple[float, float, float, float, float]:
         """``(r_max, d_max, hold, r_ramp, d_ramp)`` as floats, the form the operators take."""
-        return (float(self.r_max), float(self.d_max), float(self.hold), float(self.r_ramp), float(self.d_ramp))
+        hold, r_ramp, d_ramp = (min(float(each), _FOR_EVER) for each in (self.hold, self.r_ramp, self.d_ramp))
+        return (float(self.r_max), float(self.d_max), hold, r_ramp, d_ramp)
 
     @overload
     def limits(self, step: int) -> tuple[float, float]: ...

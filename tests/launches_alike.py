@@ -59,13 +59,12 @@ def main():
 
     triton_driver.set_active(CudaDriver())
     ctypes.CDLL("libcuda.so.1").listen_to_launches(listener)
-    assert launcher.driver() is not None
     fused = ((False, None), (True, "relu"))
     cases = list(itertools.product(("contiguous", "channels_last"), (torch.float32, torch.bfloat16), fused))
     with contextlib.ExitStack() as stack:
         for what, name, value in (
             (launcher, "_is_known", lambda *_: True), (config, "multiprocessors_of", lambda _: 7),
-            (launch, "tickets", lambda *_: COUNTERS), (node, "_plans", {}),
+            (launch, "tickets", lambda *_: COUNTERS), (node, "_plans", {}), (launcher, "_TORCH_CUDA", "libcuda.so.1"),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(what, name, value))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True))

@@ -334,7 +334,7 @@ def test_the_forward_interprets_no_kernels_in_python():
     with (
         mock.patch("brn_kernels.backends.native.forward", refuse),
         mock.patch("brn_kernels.functional._check_tensors", refuse),
-        mock.patch.object(node, "plan", refuse),
+        mock.patch.object(node, "prepare", refuse),
     ):
         assert is_in_cpp(layer(x, extra))
 
@@ -487,4 +487,95 @@ def test_arguments_are_counted():
         node.module().forward(object(), *[None] * 14)
     assert node.module().forward(plans, *[None] * 14) is None
     with pytest.raises(TypeError):
-        node.module().plan(plans, (x,), None)
+        node.module().prepare(plans, (x,), None)
+
+
+def test_a_backend_that_is_chosen_meanwhile_is_the_next_calls():
+    """The call was given ``NotImplemented`` for y, or a KeyError."""
+    prepare = node.prepare
+
+    def chosen_meanwhile(*arguments):
+        brn.use_backend("reference")
+        node.forget()
+        return prepare(*arguments)
+
+    layer, x, _, _ = made()
+    with mock.patch.object(node, "_plans", {}), mock.patch.object(node, "prepare", chosen_meanwhile):
+        y = layer(x)
+    assert torch.is_tensor(y) and layer.num_batches_tracked == 1
+
+
+def test_many_threads_and_kinds_and_backends():
+    layer, x, _, _ = made()
+    results, stop = [], threading.Event()
+
+    def work(n):
+        own = copy.deepcopy(layer)
+        for i in range(200):
+            results.append(torch.is_tensor(own(x[:, :, : 1 + i % 5, : 1 + (i + n) % 3])))
+
+    def switch():
+        while not stop.is_set():
+            for name in ("native", "reference"):
+                brn.use_backend(name)
+                node.forget()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    switching = threading.Thread(target=switch)
+    for thread in (switching, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    switching.join()
+    assert len(results) == 600 and all(results)
+
+
+def test_schedules_that_hold_for_ever():
+    """They were taken for negative numbers: open at once."""
+    for hold in (2.0**53, 2.0**62, 2.0**63, 1e300):
+        layer, x, _, _ = made()
+        layer.schedule = brn.ClipSchedule(hold=hold, r_ramp=hold, d_ramp=0)
+        other = copy.deepcopy(layer)
+        other.schedule = brn.ClipSchedule.batchnorm()
+        for _ in range(3):
+            assert torch.equal(layer(x), other(x))
+
+
+def test_a_number_beyond_all_bounds_is_pythons():
+    layer, x, _, _ = made()
+    layer(x)
+    layer.momentum = 10**400
+    with in_python(), pytest.raises(Exception) as expected:
+        layer(x)
+    with pytest.raises(expected.type):
+        layer(x)
+
+
+@pytest.mark.parametrize("wants", [True, False])
+def test_the_negative_of_what_memory_holds(wants):
+    """``z.conj().imag`` is a view whose memory holds other values than it has."""
+    z = torch.randn(8, 1, dtype=torch.complex64)
+    x = z.conj().imag
+    layer = brn.BatchRenorm1d(1)
+    for _ in range(2):
+        layer.reset_running_stats()
+        y = layer(x)
+    expected = copy.deepcopy(layer)
+    expected.reset_running_stats()
+    assert x.is_neg() and torch.equal(y, expected(x.resolve_neg()))
+    if wants:
+        a, b = (t.detach().requires_grad_() for t in (x.resolve_neg(), x.resolve_neg()))
+        layer(a).backward(x.detach())
+        expected(b).backward(x.detach().resolve_neg())
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_what_may_be_planned_is_asked_more_and_more_rarely():
+    layer, x, extra, _ = made(layout="with gaps", residual=True)
+    with mock.patch.object(node, "_plans", {}), mock.patch.object(node, "prepare", return_value=False) as asked:
+        counts = []
+        for _ in range(20):
+            layer(x, extra)
+            counts.append(asked.call_count)
+    assert [counts.index(n) + 1 for n in range(1, 6)] == [1, 2, 4, 8, 16] and counts[-1] == 5

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import brn_kernels as brn
+from brn_kernels import node
 
 
 class Limited:
@@ -27,7 +28,8 @@ class Limited:
 @pytest.mark.parametrize("schedule", [brn.ClipSchedule.constant(3, 5), brn.ClipSchedule.auto()], ids=["fixed", "auto"])
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("activation, with_residual", [("relu", True), (None, False)], ids=str)
-def test_statistics_outlive_it(backend, device, schedule, channels_last, activation, with_residual):
+def test_statistics_outlive_it(monkeypatch, backend, device, schedule, channels_last, activation, with_residual):
+    monkeypatch.setattr(node, "module", lambda: None)  # calls in C++ are tested below
     layer = brn.BatchRenorm2d(24, momentum=0.1, schedule=schedule, activation=activation).to(device)
     x, residual = torch.randn(2, 6, 24, 7, 5, device=device)
     if channels_last:
@@ -49,3 +51,17 @@ def test_statistics_outlive_it(backend, device, schedule, channels_last, activat
         assert limited.left >= 0, "it was swallowed"
         break
     assert failed >= 1 and layer.num_batches_tracked == 2
+
+
+@pytest.mark.skipif(node.module() is None, reason="not built: run `brn build`")
+def test_statistics_outlive_it_in_cpp():
+    """All memory of a call in C++ is there before anything is computed."""
+    layer = brn.BatchRenorm2d(24)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    small = torch.randn(1, 24, 7, 5)
+    with brn.use_backend("native"):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="not enough memory|can't allocate"):
+                layer(small.expand(2**38, 24, 7, 5).requires_grad_())
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name]), name

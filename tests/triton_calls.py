@@ -93,6 +93,8 @@ def assert_same(ours, truth):
 
 def spy(kernel, launches):
     class Spy:
+        arg_names = kernel.arg_names
+
         def __getitem__(self, grid):
             launches.append(grid)
             return kernel[grid]

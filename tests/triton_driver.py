@@ -16,11 +16,13 @@ LAUNCH = ctypes.CFUNCTYPE(
 )  # fmt: skip
 IS_CAPTURING = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
 ERROR_STRING = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))
+STREAM = 0x5
 ONE_AT_A_TIME = threading.RLock()  # the interpreter is not made for several
 CURRENT_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
 DEVICE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_int)
 PRIMARY_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int)
 SET_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+CURRENT_STREAM = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
 NUMBERS = {"i32": ctypes.c_int32, "fp64": ctypes.c_double}
 
 
@@ -83,7 +85,7 @@ class StandIn:
         self._kept = (
             LAUNCH(self._launch), IS_CAPTURING(self._is_capturing), ERROR_STRING(self._error_string),
             CURRENT_CONTEXT(self._current_context), DEVICE(self._device), PRIMARY_CONTEXT(self._primary_context),
-            SET_CONTEXT(self._set_context),
+            SET_CONTEXT(self._set_context), CURRENT_STREAM(self._current_stream),
         )  # fmt: skip
 
     def addresses(self):
@@ -120,6 +122,10 @@ class StandIn:
 
     def _primary_context(self, context, device):
         context[0] = 100 + device
+        return 0
+
+    def _current_stream(self, device, stream):
+        stream[0] = STREAM
         return 0
 
     def _set_context(self, context):

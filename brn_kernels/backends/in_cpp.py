@@ -1,13 +1,13 @@
 """What a backend tells ``csrc/autograd`` of a kind of call, so that it runs without interpreting any Python.
 
-A backend's ``in_cpp(call, needs_dx, needs_dresidual)`` returns :class:`Kernels`; ``NOT_YET`` where that is possible
-only later (a kernel has not been compiled); None where it never is.
+A backend's ``in_cpp(call, needs_dx, needs_dresidual)`` returns :class:`InCpp`, or None where that is not possible, or
+not before a kernel has been compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -55,17 +55,19 @@ class TritonLaunch(NamedTuple):
     parameters: tuple[tuple[str, int | float | None], ...]
 
 
-# The CUDA driver's functions that C++ is given the addresses of, in the order of ``Driver`` in ``triton.cpp``.
+# The functions that C++ is given the addresses of, in the order of ``Driver`` in ``triton.cpp``: the CUDA driver's, and
+# PyTorch's.
 DRIVER_FUNCTIONS = (
     "cuLaunchKernel", "cuStreamIsCapturing", "cuGetErrorString", "cuCtxGetCurrent", "cuDeviceGet",
     "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
 )  # fmt: skip
+STREAM_FUNCTION = "aoti_torch_get_current_cuda_stream"
 
 
 class TritonKernels(NamedTuple):
     """Those of one direction."""
 
-    driver: tuple[int, ...]  # addresses of ``DRIVER_FUNCTIONS``
+    driver: tuple[int, ...]  # addresses of ``DRIVER_FUNCTIONS`` and ``STREAM_FUNCTION``
     launches: tuple[TritonLaunch, ...]
     workspace: int  # numbers of the statistics' dtype
     tickets: int  # counters
@@ -75,17 +77,12 @@ class TritonKernels(NamedTuple):
 OneDirection = NativeKernels | TritonKernels
 
 
-class Kernels(NamedTuple):
-    """Of both directions, and what says whether a call must be left to Python, if anything can."""
+class InCpp(NamedTuple):
+    """The kernels of both directions, and what says whether a call must be left to Python, if anything can."""
 
     forward: OneDirection
     backward: OneDirection
     unless: Callable[[], bool] | None = None
-
-
-NOT_YET: Literal["not yet"] = "not yet"
-
-Answer = Kernels | Literal["not yet"] | None
 
 
 def whose(kernels: OneDirection) -> tuple[str, tuple[Any, ...]]:

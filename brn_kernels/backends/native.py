@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import build
 from . import layout, reference, sides
-from .in_cpp import Answer, Call, Kernels, NativeKernels
+from .in_cpp import Call, InCpp, NativeKernels
 from .sides import copy_back, dense
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "hardswish": 4}  # csrc/arguments.h
@@ -178,7 +178,7 @@ def backward(
     return dx, dweight, dbias, dresidual
 
 
-def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> Answer:
+def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> InCpp | None:
     """What ``csrc/autograd`` calls for such a call, and for its backward, of a dy that lies as x does."""
     x, residual, activation = call.x, call.residual, call.activation
     if not is_fused(x, residual, None, activation, call.auto_state is not None):
@@ -189,7 +189,7 @@ def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> Answer:
     of_x, of_residual, of_results = memory.strides
     code, workspace = ACTIVATION_CODES[activation], _workspace_bytes(memory.layout, x.dtype, x.device)
     shape = tuple(memory.layout)
-    return Kernels(
+    return InCpp(
         NativeKernels(
             "brn_kernels_native::forward", shape, (*of_x, *of_residual, *of_results), code, workspace
         ),

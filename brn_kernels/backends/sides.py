@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,10 @@ class Memory:
 
 def memory_of(x: Tensor, *others: Tensor | None) -> Memory:
     """The memory of x, others and ``torch.empty_like(x)``, seen in the layout of x."""
-    return _memory(x.shape, x.stride(), *[None if t is None else t.stride() for t in others])
+    found = _memory(x.shape, x.stride(), *[None if t is None else t.stride() for t in others])
+    if any(t is not None and t.is_neg() for t in (x, *others)):  # its memory holds the negatives
+        return replace(found, fits=False)
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -88,7 +91,9 @@ def _fitting_x(x: Tensor) -> tuple[Layout, Tensor]:
 
 
 def _fitting(tensor: Tensor | None, seen_as: Layout) -> Tensor | None:
-    return tensor if tensor is None or _strides(tensor, seen_as) is not None else copied(tensor, seen_as)
+    if tensor is None or (_strides(tensor, seen_as) is not None and not tensor.is_neg()):
+        return tensor
+    return copied(tensor, seen_as)
 
 
 def dense(values: Tensor | None) -> Tensor | None:

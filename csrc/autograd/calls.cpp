@@ -14,6 +14,7 @@
 #include <c10/util/hash.h>
 
 #include <array>
+#include <bit>
 #include <cstring>
 #include <string_view>
 #include <unordered_map>
@@ -45,16 +46,21 @@ struct Hash {
   }
 };
 
+struct Entry {
+  std::unique_ptr<const Plan> plan;  // null: none so far
+  uint64_t without = 0;              // calls so far that there was none for
+};
+
 struct Plans {
   PyObject* observers;  // a list: who wants to know what calls find (observe.py)
   size_t most;
-  std::unordered_map<Kind, std::unique_ptr<const Plan>, Hash> of;  // null: never
+  std::unordered_map<Kind, Entry, Hash> of;
 };
 
 // -1: not one of functional.ACTIVATIONS.
 int64_t activation_of(PyObject* name) {
   if (name == Py_None) return 0;
-  const std::array<const char*, 4> names = {"relu", "leaky_relu", "silu", "hardswish"};
+  constexpr std::array<const char*, 4> names = {"relu", "leaky_relu", "silu", "hardswish"};
   for (size_t i = 0; i < names.size(); ++i) {
     if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, names[i]) == 0) return 1 + static_cast<int>(i);
   }
@@ -63,7 +69,7 @@ int64_t activation_of(PyObject* name) {
 
 bool is_number(PyObject* object) { return PyFloat_Check(object) || PyLong_Check(object); }
 
-// False if these are not the arguments of a plain call; what is wrong with them Python says.
+// False if these are not the arguments of a plain call; Python says what is wrong with them, if anything is.
 bool unpack(PyObject* const* arguments, Call& call) {
   for (size_t i = 0; i < given.size(); ++i) {
     if (arguments[i] == Py_None) continue;
@@ -80,6 +86,7 @@ bool unpack(PyObject* const* arguments, Call& call) {
   std::array<double, 5> numbers = {};
   for (size_t i = 0; i < numbers.size(); ++i) {
     numbers[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(schedule, static_cast<Py_ssize_t>(i)));
+    if (i >= 2 && !(numbers[i] >= 0 && numbers[i] < 0x1p62)) return false;  // these are counts
   }
   call.settings.r_max = numbers[0];
   call.settings.d_max = numbers[1];
@@ -88,8 +95,9 @@ bool unpack(PyObject* const* arguments, Call& call) {
   call.settings.d_ramp = static_cast<int64_t>(numbers[4]);
   call.settings.momentum = call.settings.is_cumulative ? 0 : PyFloat_AsDouble(momentum);
   call.settings.eps = PyFloat_AS_DOUBLE(eps);
-  if (PyErr_Occurred()) throw_python_error();
-  return true;
+  if (PyErr_Occurred() == nullptr) return true;
+  PyErr_Clear();
+  return false;
 }
 
 bool is_dense(const Tensor& tensor, at::IntArrayRef sizes) { return tensor.sizes() == sizes && tensor.is_contiguous(); }
@@ -97,7 +105,7 @@ bool is_dense(const Tensor& tensor, at::IntArrayRef sizes) { return tensor.sizes
 // Whether the tensors are as kernels read them. Dtypes are part of the kind, and checked when its plan is made.
 bool is_plain(const Tensors& of) {
   const Tensor &x = of[X], &residual = of[RESIDUAL], &counter = of[COUNTER], &clipped = of[CLIPPED];
-  if (!x.defined() || x.dim() < 2) return false;
+  if (!x.defined() || x.dim() < 2 || x.is_neg() || x._is_zerotensor()) return false;  // of another memory than theirs
   for (const Slot slot : given) {
     const Tensor& tensor = of[slot];
     if (tensor.defined() && (tensor.device() != x.device() || tensor.key_set() != x.key_set())) return false;
@@ -173,18 +181,26 @@ PyObject* new_plans(PyObject*, PyObject* arguments) {
 }
 
 // forward(plans, *call) -> y, its statistics updated; or, and nothing done, None: it is Python's; NotImplemented: it is
-// Python's, and a call of that kind has no plan yet.
+// Python's, and there is no plan for such calls so far. That is said more and more rarely: preparing one takes time,
+// and there may never be any.
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 1 + ARGUMENTS, "expected plans and the arguments of a call");
-  const auto* plans = static_cast<const Plans*>(PyCapsule_GetPointer(arguments[0], capsule_name));
+  auto* plans = static_cast<Plans*>(PyCapsule_GetPointer(arguments[0], capsule_name));
   if (plans == nullptr) return nullptr;
   Call call;
   if (!unpack(arguments + 1, call) || !is_plain(call.tensors) || !is_ordinary(*plans)) Py_RETURN_NONE;
-  const auto found = plans->of.find(kind_of(call));
-  if (found == plans->of.end()) Py_RETURN_NOTIMPLEMENTED;
-  const Plan* plan = found->second.get();
-  if (plan == nullptr) Py_RETURN_NONE;
+  Kind kind = kind_of(call);
+  auto found = plans->of.find(kind);
+  if (found == plans->of.end()) {
+    if (plans->of.size() >= plans->most) Py_RETURN_NONE;
+    found = plans->of.emplace(std::move(kind), Entry{}).first;
+  }
+  const Plan* plan = found->second.plan.get();
+  if (plan == nullptr) {
+    if (std::has_single_bit(++found->second.without)) Py_RETURN_NOTIMPLEMENTED;
+    Py_RETURN_NONE;
+  }
   if (plan->unless != Py_None) {
     const THPObjectPtr refused(PyObject_CallNoArgs(plan->unless));
     if (!refused) return nullptr;
@@ -209,43 +225,39 @@ std::unique_ptr<const Kernels> kernels_of(PyObject* made) {
   return triton_kernels(of_them);
 }
 
-// plan(plans, call, made) -> whether there is a plan for that kind of call now. `made` is what node.py makes, or None:
-// such calls are always Python's.
-PyObject* plan(PyObject*, PyObject* arguments) {
+// prepare(plans, call, made): such calls have a plan from now on; `made` is what node.py makes.
+PyObject* prepare(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
-  PyObject *capsule = nullptr, *of_call = nullptr, *made = nullptr;
-  if (!PyArg_ParseTuple(arguments, "OO!O", &capsule, &PyTuple_Type, &of_call, &made)) return nullptr;
+  int saves_residual = 0, passes_dy_on = 0, needs_dresidual = 0;
+  PyObject *capsule = nullptr, *of_call = nullptr, *gradients = nullptr, *unless = nullptr, *bits = nullptr,
+           *forward = nullptr, *backward = nullptr;
+  if (!PyArg_ParseTuple(arguments, "OO!(OOpppO!O!O!)", &capsule, &PyTuple_Type, &of_call, &gradients, &unless,
+                        &saves_residual, &passes_dy_on, &needs_dresidual, &PyTuple_Type, &bits, &PyTuple_Type, &forward,
+                        &PyTuple_Type, &backward)) {
+    return nullptr;
+  }
   auto* plans = static_cast<Plans*>(PyCapsule_GetPointer(capsule, capsule_name));
   if (plans == nullptr) return nullptr;
   TORCH_CHECK_TYPE(PyTuple_GET_SIZE(of_call) == ARGUMENTS, "expected the arguments of a call");
   Call call;
-  if (!unpack(&PyTuple_GET_ITEM(of_call, 0), call) || !is_plain(call.tensors)) Py_RETURN_FALSE;
-  if (plans->of.size() >= plans->most) Py_RETURN_FALSE;
-  if (made == Py_None) {
-    plans->of.emplace(kind_of(call), nullptr);
-    Py_RETURN_FALSE;
-  }
-  int saves_residual = 0, passes_dy_on = 0, needs_dresidual = 0;
-  PyObject *gradients = nullptr, *unless = nullptr, *bits = nullptr, *forward = nullptr, *backward = nullptr;
-  if (!PyArg_ParseTuple(made, "OOpppO!O!O!", &gradients, &unless, &saves_residual, &passes_dy_on, &needs_dresidual,
-                        &PyTuple_Type, &bits, &PyTuple_Type, &forward, &PyTuple_Type, &backward)) {
-    return nullptr;
-  }
+  TORCH_CHECK_VALUE(unpack(&PyTuple_GET_ITEM(of_call, 0), call) && is_plain(call.tensors), "not a plain call");
   const Tensors& of = call.tensors;
-  auto found = std::make_unique<Plan>(
+  auto plan = std::make_unique<Plan>(
       Plan{gradients, unless, Memory(of[X]), Memory(saves_residual != 0 ? of[RESIDUAL] : Tensor()), Memory(of[WEIGHT]),
            Memory(of[BIAS]), of[RESIDUAL].defined(), passes_dy_on != 0, of[X].requires_grad(), needs_dresidual != 0,
            integers(bits), kernels_of(forward), kernels_of(backward)});
   Py_INCREF(gradients);
   Py_INCREF(unless);
-  plans->of.emplace(kind_of(call), std::move(found));
-  Py_RETURN_TRUE;
+  Entry& entry = plans->of[kind_of(call)];
+  if (entry.plan == nullptr)
+    entry.plan = std::move(plan);  // else another thread was faster, and nodes point to its plan
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef methods[] = {
     {"new_plans", new_plans, METH_VARARGS, nullptr},
-    {"plan", plan, METH_VARARGS, nullptr},
+    {"prepare", prepare, METH_VARARGS, nullptr},
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -30,9 +30,12 @@ bool lies_as(const Tensor& dy, const Tensor& x) {
 
 // Whether the plan's kernels can be called at once.
 bool is_ordinary(const Plan& plan, const Tensor& dy, const Kept& kept) {
+  const at::Device device = kept.saved.device();
+  const auto is_as_planned = [&](const Memory& memory, const Tensor& tensor) { return memory.is_of(tensor, device); };
   return !at::GradMode::is_enabled() && !is_watched() && dy.key_set() == kept.saved.key_set() &&
-         dy.scalar_type() == kept.x.scalar_type() && plan.x.is_of(kept.x) && plan.residual.is_of(kept.residual) &&
-         plan.weight.is_of(kept.weight) && plan.bias.is_of(kept.bias) && lies_as(dy, kept.x);
+         dy.scalar_type() == kept.x.scalar_type() && is_as_planned(plan.x, kept.x) &&
+         is_as_planned(plan.residual, kept.residual) && is_as_planned(plan.weight, kept.weight) &&
+         is_as_planned(plan.bias, kept.bias) && lies_as(dy, kept.x);
 }
 
 // False, and nothing done, if the kernels cannot be launched on these.
@@ -81,9 +84,10 @@ Memory::Memory(const Tensor& tensor) {
   dtype = tensor.scalar_type();
 }
 
-bool Memory::is_of(const Tensor& tensor) const {
+bool Memory::is_of(const Tensor& tensor, const at::Device& device) const {
   if (!dtype.has_value() || !tensor.defined()) return dtype.has_value() == tensor.defined();
-  return tensor.scalar_type() == *dtype && tensor.sizes() == sizes && tensor.strides() == strides;
+  return tensor.device() == device && tensor.scalar_type() == *dtype && tensor.sizes() == sizes &&
+         tensor.strides() == strides;
 }
 
 Tensor BatchRenormBackward::forward(AutogradContext* context, const Tensor& x, const MaybeTensor& residual,

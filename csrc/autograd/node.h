@@ -20,7 +20,7 @@ struct Memory {
   std::optional<at::ScalarType> dtype;  // none: there is no tensor
 
   explicit Memory(const Tensor& tensor);
-  bool is_of(const Tensor& tensor) const;
+  bool is_of(const Tensor& tensor, const at::Device& device) const;
 };
 
 // What follows from the kind of a call: made once for each, and never freed.

@@ -5,7 +5,6 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Device.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -25,7 +24,8 @@ namespace {
 constexpr uintptr_t alignment = 16;  // of every address that Triton's kernels were compiled for
 constexpr size_t most_streams = 64;  // whose counters are found without asking Python
 
-// The CUDA driver's functions of these names: cuda.h would be needed for nothing else. They return 0 if they succeed.
+// The CUDA driver's functions of these names (cuda.h would be needed for nothing else) and PyTorch's that finds the
+// current stream, which only builds for CUDA have. They return 0 if they succeed.
 struct Driver {
   int (*launch_kernel)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                        unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** parameters,
@@ -36,6 +36,7 @@ struct Driver {
   int (*get_device)(int* device, int index);
   int (*retain_primary_context)(void** context, int device);
   int (*set_current_context)(void* context);
+  int (*get_current_stream)(int32_t device, void** stream);
 
   void check(int error) const {
     const char* text = nullptr;
@@ -147,19 +148,20 @@ class TritonKernels final : public Kernels {
     if (all % alignment != 0) return false;
     const Tensor& x = of[X];
     const c10::DeviceGuard current(x.device());
-    const c10::Stream stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device());
-    void* handle = x.device().is_cpu() ? nullptr : stream.native_handle();  // of CPUs: in tests
-    driver_.ensure_context(x.device().index());
+    const int device = x.device().index();
+    driver_.ensure_context(device);
+    void* stream = nullptr;
+    TORCH_CHECK(driver_.get_current_stream(device, &stream) == 0, "there is no current stream");
     Tensor workspace, counters;
     if (workspace_ > 0) {
       workspace = at::empty({workspace_}, of[SAVED].options());
       addresses[WORKSPACE] = reinterpret_cast<uintptr_t>(workspace.data_ptr());
     }
     if (tickets_ > 0) {
-      counters = counters_on(x, stream, handle);
+      counters = counters_on(stream, x);
       addresses[TICKETS] = reinterpret_cast<uintptr_t>(counters.data_ptr());
     }
-    for (const Launch& each : launches_) each.on(handle, {addresses, settings}, driver_);
+    for (const Launch& each : launches_) each.on(stream, {addresses, settings}, driver_);
     return true;
   }
 
@@ -169,9 +171,9 @@ class TritonKernels final : public Kernels {
   }
 
   // tickets.py's, which are the same at each call on a stream but for captured ones.
-  Tensor counters_on(const Tensor& x, const c10::Stream& stream, void* handle) const {
+  Tensor counters_on(void* stream, const Tensor& x) const {
     int status = 0;
-    const bool may_keep = driver_.stream_is_capturing(handle, &status) == 0 && status == 0;
+    const bool may_keep = driver_.stream_is_capturing(stream, &status) == 0 && status == 0;
     if (may_keep) {
       const std::lock_guard<std::mutex> guard(kept_lock_);
       for (const auto& [its_stream, counters] : kept_) {
@@ -200,7 +202,7 @@ class TritonKernels final : public Kernels {
   int64_t workspace_, tickets_;  // numbers of the statistics' dtype, and counters
   PyObject* tickets_of_;
   mutable std::mutex kept_lock_;
-  mutable std::vector<std::pair<c10::Stream, Tensor>> kept_;
+  mutable std::vector<std::pair<void*, Tensor>> kept_;  // of one device, as is the plan
 };
 
 }  // namespace

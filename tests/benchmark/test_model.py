@@ -18,7 +18,7 @@ from bench.record import RESULTS  # noqa: E402
 from brn_kernels.backends.triton import config  # noqa: E402
 
 H100 = model.GPUS["h100"]
-FEW = Compiled(registers=64, stack=0, spills=0, shared=16, narrowest=16)
+FEW = Compiled(registers=64, stack=0, spills=0, shared=16, narrowest=16, unlike_driver="")
 LARGE = Case(Layer("x", 256, 256, (56, 56), "relu"), "bfloat16", "channels_last")
 ADDING = Case(Layer("x", 256, 256, (56, 56), "add_relu"), "bfloat16", "channels_last")
 SMALL = Case(Layer("x", 4, 64, (8, 8), "plain"), "float32", "contiguous")
@@ -62,9 +62,9 @@ def test_large_layers_take_about_as_long_as_their_passes(direction, least, state
 
 def test_more_registers_leave_room_for_fewer_programs():
     stream = launches(LARGE.layer.shape, True, torch.bfloat16, "relu", False)[0]
-    rooms = [model.resident(stream, Compiled(n, 0, 0, 1024, 16)) for n in (32, 64, 128, 168, 255)]
+    rooms = [model.resident(stream, Compiled(n, 0, 0, 1024, 16, "")) for n in (32, 64, 128, 168, 255)]
     assert rooms == [16, 8, 4, 3, 2]  # of four warps each
-    assert model.resident(stream, Compiled(32, 0, 0, 100_000, 16)) == 2  # shared memory
+    assert model.resident(stream, Compiled(32, 0, 0, 100_000, 16, "")) == 2  # shared memory
 
 
 def test_partial_results_of_many_splits_are_merged_in_few_trips():

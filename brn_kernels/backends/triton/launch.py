@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import layout, reference, sides
-from ..in_cpp import NOT_YET, Answer, Call, Kernels, TritonKernels
+from ..in_cpp import Call, InCpp, TritonKernels
 from ..sides import Memory, copy_back, dense
 from . import config, kernels_backward, kernels_forward, launcher
 from .config import Launch
@@ -147,10 +147,10 @@ def backward(
     return dx, dweight, dbias, dresidual
 
 
-def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> Answer:
+def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> InCpp | None:
     """What ``csrc/autograd`` launches for such a call, and for its backward, of a dy that lies as x does.
 
-    Not yet, if one of the kernels has not been launched before.
+    None, too, if one of the kernels has not been launched before.
     """
     x, residual, activation = call.x, call.residual, call.activation
     memory, of_backward = sides.memory_of(x, residual), sides.memory_of(x, x)
@@ -172,8 +172,8 @@ def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> Answer:
     dtypes["dx"], dtypes["dresidual"] = (x.dtype if needed else None for needed in (needs_dx, needs_dresidual))
     forwards, backwards = _prepared(forward, dtypes), _prepared(backward, dtypes)
     if forwards is None or backwards is None:
-        return NOT_YET
-    return Kernels(forwards, backwards, unless=launcher.is_profiled)
+        return None
+    return InCpp(forwards, backwards, unless=launcher.is_profiled)
 
 
 def _prepared(plan: Plan, dtypes: dict[str, torch.dtype | None]) -> TritonKernels | None:

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import operator
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from ..in_cpp import DRIVER_FUNCTIONS, TritonLaunch
+from ..in_cpp import DRIVER_FUNCTIONS, STREAM_FUNCTION, TritonLaunch
 
 ALIGNMENT = 16
 _INT32_MAX = 2**31 - 1
+_TORCH_CUDA = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
 _VERSIONS = ("3.6", "3.7", "3.8")  # whose compiled kernels are launched as below
 # What a kernel is told of a layer, at each call anew.
 SETTINGS: dict[str, type] = dict.fromkeys(("r_max", "d_max", "momentum", "eps"), float) | dict.fromkeys(
@@ -87,7 +89,9 @@ def prepared(
     numbers: tuple[int | float, ...],
     constants: Constants,
 ) -> TritonLaunch | None:
-    """The same launch for ``csrc/autograd``, but for the addresses; None if it has never been made by ``launch``.
+    """The same launch for ``csrc/autograd``, but for the addresses.
+
+    None, if it has not been made by ``launch`` before, or cannot be made there.
 
     Args:
         kernel: as of ``launch``, and so are grid and constants.
@@ -123,10 +127,10 @@ def prepared(
 
 @functools.cache
 def driver() -> tuple[int, ...] | None:
-    """Addresses of the CUDA driver's ``DRIVER_FUNCTIONS``; None if there is no driver."""
+    """Addresses of ``DRIVER_FUNCTIONS`` and ``STREAM_FUNCTION``; None if there is no driver."""
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-        functions = [getattr(cuda, name) for name in DRIVER_FUNCTIONS]
+        cuda, of_torch = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL(str(_TORCH_CUDA))
+        functions = [*[getattr(cuda, name) for name in DRIVER_FUNCTIONS], getattr(of_torch, STREAM_FUNCTION)]
     except (OSError, AttributeError):
         return None
     return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
