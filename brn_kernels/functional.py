@@ -99,15 +99,15 @@ def renormalize(
     auto_state: Tensor | None = None,
 ) -> Tensor:
     """What ``batch_renorm`` and the layers share: check the tensors, then normalize in the mode asked for."""
-    call = (
-        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, auto_state,
-        schedule, momentum, eps, activation,
-    )  # fmt: skip
-    backend = backends.selected()
-    in_cpp = training and mask is None and process_group is None and not torch.compiler.is_compiling()
-    y = node.forward(backend, *call) if in_cpp else None
-    if y is not None and y is not NotImplemented:
-        return y
+    backend, y = backends.selected(), None
+    if training and mask is None and process_group is None and not torch.compiler.is_compiling() and node.module():
+        call = (
+            x, residual, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, auto_state,
+            schedule, momentum, eps, activation,
+        )  # fmt: skip
+        y = node.forward(backend, *call)
+        if y is not None and y is not NotImplemented:
+            return y
     _check_tensors(x, residual, mask, weight, bias, running_mean, running_var, training, process_group)
     _check_devices(
         x, residual=residual, mask=mask, num_batches_tracked=num_batches_tracked, clipped=clipped, auto_state=auto_state

@@ -48,10 +48,10 @@ def forget() -> None:
 def forward(backend: str, *call: Any) -> Any:
     """Y of a :class:`Call` by the backend of that name; or, and nothing done, None: the call is Python's.
 
-    ``NotImplemented`` is returned where ``prepare`` may change that, once the call has been found to be valid.
+    ``NotImplemented`` is returned where ``prepare`` may change that, once the call has been found to be valid. There
+    must be a ``module()``.
     """
-    compiled = module()
-    return None if compiled is None else compiled.forward(_plans_of(backend), *call)
+    return module().forward(_plans_of(backend), *call)
 
 
 def prepare(backend: str, *arguments: Any) -> bool:
