@@ -179,7 +179,7 @@ def backward(
 
 
 def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> InCpp | None:
-    """What ``csrc/autograd`` calls for such a call, and for its backward, of a dy that lies as x does."""
+    """What ``csrc/autograd`` calls for such a call, and for its backward, of a dy that lies as y does."""
     x, residual, activation = call.x, call.residual, call.activation
     if not is_fused(x, residual, None, activation, call.auto_state is not None):
         return None
@@ -194,7 +194,7 @@ def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> InCpp | None:
             "brn_kernels_native::forward", shape, (*of_x, *of_residual, *of_results), code, workspace
         ),
         NativeKernels(
-            "brn_kernels_native::backward", shape, (*of_x, *of_x, *of_residual, *of_results, *of_results), code,
+            "brn_kernels_native::backward", shape, (*of_results, *of_x, *of_residual, *of_results, *of_results), code,
             workspace,
         ),
     )  # fmt: skip

@@ -105,7 +105,8 @@ bool is_dense(const Tensor& tensor, at::IntArrayRef sizes) { return tensor.sizes
 // Whether the tensors are as kernels read them. Dtypes are part of the kind, and checked when its plan is made.
 bool is_plain(const Tensors& of) {
   const Tensor &x = of[X], &residual = of[RESIDUAL], &counter = of[COUNTER], &clipped = of[CLIPPED];
-  if (!x.defined() || x.dim() < 2 || x.is_neg() || x._is_zerotensor()) return false;  // of another memory than theirs
+  if (!x.defined() || x.dim() < 2) return false;
+  if (x.is_neg() || x._is_zerotensor()) return false;  // its memory holds other values, and so does what is like it
   for (const Slot slot : given) {
     const Tensor& tensor = of[slot];
     if (tensor.defined() && (tensor.device() != x.device() || tensor.key_set() != x.key_set())) return false;
@@ -242,15 +243,15 @@ PyObject* prepare(PyObject*, PyObject* arguments) {
   Call call;
   TORCH_CHECK_VALUE(unpack(&PyTuple_GET_ITEM(of_call, 0), call) && is_plain(call.tensors), "not a plain call");
   const Tensors& of = call.tensors;
-  auto plan = std::make_unique<Plan>(
-      Plan{gradients, unless, Memory(of[X]), Memory(saves_residual != 0 ? of[RESIDUAL] : Tensor()), Memory(of[WEIGHT]),
-           Memory(of[BIAS]), of[RESIDUAL].defined(), passes_dy_on != 0, of[X].requires_grad(), needs_dresidual != 0,
-           integers(bits), kernels_of(forward), kernels_of(backward)});
+  auto plan =
+      std::make_unique<Plan>(Plan{gradients, unless, at::empty_like(of[X], at::kMeta), Memory(of[X]),
+                                  Memory(saves_residual != 0 ? of[RESIDUAL] : Tensor()), Memory(of[WEIGHT]),
+                                  Memory(of[BIAS]), of[RESIDUAL].defined(), passes_dy_on != 0, of[X].requires_grad(),
+                                  needs_dresidual != 0, integers(bits), kernels_of(forward), kernels_of(backward)});
   Py_INCREF(gradients);
   Py_INCREF(unless);
   Entry& entry = plans->of[kind_of(call)];
-  if (entry.plan == nullptr)
-    entry.plan = std::move(plan);  // else another thread was faster, and nodes point to its plan
+  if (entry.plan == nullptr) entry.plan = std::move(plan);  // else nodes point to another thread's, which was faster
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }

@@ -20,12 +20,12 @@ struct Kept {
   const Tensor &x, &residual, &weight, &bias, &saved, &bits;
 };
 
-bool lies_as(const Tensor& dy, const Tensor& x) {
-  if (dy.sizes() != x.sizes()) return false;
-  if (dy.strides() == x.strides()) return true;
-  const auto both = [&](at::MemoryFormat format) { return dy.is_contiguous(format) && x.is_contiguous(format); };
-  return both(at::MemoryFormat::Contiguous) || (x.dim() == 4 && both(at::MemoryFormat::ChannelsLast)) ||
-         (x.dim() == 5 && both(at::MemoryFormat::ChannelsLast3d));
+bool lies_as(const Tensor& dy, const Tensor& y) {
+  if (dy.sizes() != y.sizes()) return false;
+  if (dy.strides() == y.strides()) return true;
+  const auto both = [&](at::MemoryFormat format) { return dy.is_contiguous(format) && y.is_contiguous(format); };
+  return both(at::MemoryFormat::Contiguous) || (y.dim() == 4 && both(at::MemoryFormat::ChannelsLast)) ||
+         (y.dim() == 5 && both(at::MemoryFormat::ChannelsLast3d));
 }
 
 // Whether the plan's kernels can be called at once.
@@ -35,7 +35,7 @@ bool is_ordinary(const Plan& plan, const Tensor& dy, const Kept& kept) {
   return !at::GradMode::is_enabled() && !is_watched() && dy.key_set() == kept.saved.key_set() &&
          dy.scalar_type() == kept.x.scalar_type() && is_as_planned(plan.x, kept.x) &&
          is_as_planned(plan.residual, kept.residual) && is_as_planned(plan.weight, kept.weight) &&
-         is_as_planned(plan.bias, kept.bias) && lies_as(dy, kept.x);
+         is_as_planned(plan.bias, kept.bias) && lies_as(dy, plan.y);
 }
 
 // False, and nothing done, if the kernels cannot be launched on these.

@@ -27,6 +27,7 @@ struct Memory {
 struct Plan {
   PyObject* gradients;               // what does all backwards but the ordinary: of autograd.py
   PyObject* unless;                  // None, or what says whether a call is Python's now
+  Tensor y;                          // without memory
   Memory x, residual, weight, bias;  // as the backward reads them; of the residual, if it does
   bool has_residual;                 // whose gradient may be asked for
   bool passes_dy_on;                 // which is dy

@@ -87,7 +87,7 @@ union Value {
   double real;
 };
 
-struct Call {
+struct Arguments {
   const std::array<uintptr_t, SLOTS>& addresses;
   const Settings* settings;
 
@@ -118,10 +118,10 @@ struct Launch {
     }
   }
 
-  void on(void* stream, const Call& call, const Driver& driver) const {
+  void on(void* stream, const Arguments& given, const Driver& driver) const {
     c10::SmallVector<Value, 48> values;
     c10::SmallVector<void*, 48> pointers;
-    for (const Source& each : parameters) values.push_back(std::visit(call, each));
+    for (const Source& each : parameters) values.push_back(std::visit(given, each));
     values.append(2, Value{.address = 0});  // the two addresses
     for (Value& value : values) pointers.push_back(&value);
     driver.check(driver.launch_kernel(function, grid_x, grid_y, 1, threads, 1, 1, shared_bytes, stream, pointers.data(),

@@ -1,6 +1,8 @@
 """Calls in C++ on the GPU: what those in Python give, to the bit, and in graphs, on streams, on other devices."""
 
 import contextlib
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -126,6 +128,32 @@ def test_on_a_device_that_is_not_the_current_one():
     layer.reset_running_stats()
     was_in_cpp, found = step(layer, *inputs)
     assert was_in_cpp and same(found, expected) and torch.cuda.current_device() == 0
+
+
+FIRST = """
+import threading
+import torch, brn_kernels as brn
+layer = brn.BatchRenorm2d(64, device="cuda")
+x, dy = torch.randn(2, 8, 64, 4, 4, device="cuda")
+x.requires_grad_()
+for _ in range(2):
+    y = layer(x)
+    gradients = torch.autograd.grad(y, x, dy)
+results = []
+thread = threading.Thread(target=lambda: results.append(layer(x)))  # CUDA's runtime has done nothing in it
+thread.start()
+thread.join()
+gradients = torch.autograd.grad(results[0], x, dy)
+torch.cuda.synchronize()
+print(type(results[0].grad_fn).__name__)
+"""
+
+
+@pytest.mark.parametrize("stream", ["", "torch.cuda.set_stream(torch.cuda.Stream())"], ids=["default", "side"])
+def test_a_thread_in_which_nothing_else_has_run(stream):
+    code = FIRST.replace("layer =", f"{stream}\nlayer =", 1)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.split() == ["CppFunction"], run.stdout + run.stderr
 
 
 def test_nothing_waits_for_the_gpu():

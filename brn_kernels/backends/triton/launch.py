@@ -148,12 +148,12 @@ def backward(
 
 
 def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> InCpp | None:
-    """What ``csrc/autograd`` launches for such a call, and for its backward, of a dy that lies as x does.
+    """What ``csrc/autograd`` launches for such a call, and for its backward, of a dy that lies as y does.
 
     None, too, if one of the kernels has not been launched before.
     """
     x, residual, activation = call.x, call.residual, call.activation
-    memory, of_backward = sides.memory_of(x, residual), sides.memory_of(x, x)
+    memory, of_backward = sides.memory_of(x, residual), sides.memory_of(x, torch.empty_like(x, device="meta"))
     if not is_fused(x, residual, None, activation) or not memory.fits or not of_backward.fits:
         return None
     kept = reference.keeps_bits(residual, activation)
