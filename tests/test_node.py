@@ -579,3 +579,35 @@ def test_what_may_be_planned_is_asked_more_and_more_rarely():
             layer(x, extra)
             counts.append(asked.call_count)
     assert [counts.index(n) + 1 for n in range(1, 6)] == [1, 2, 4, 8, 16] and counts[-1] == 5
+
+
+@pytest.mark.parametrize("which", ["eps", "residual's memory", "x's gradient", "residual's gradient", "statistics"])
+def test_calls_of_another_kind_beside_one_that_has_a_plan(which):
+    """Each in turn, so that one that is taken for another shows."""
+    layer, x, extra, dy = made(torch.float64, residual=True, activation="silu")
+    layer(x, extra)
+    if which == "eps":
+        layer.eps = 0.5
+    elif which == "residual's memory":
+        extra = laid_out(extra.detach(), "with gaps").requires_grad_()
+    elif which == "x's gradient":
+        x = x.detach()
+    elif which == "residual's gradient":
+        extra = extra.detach()
+    else:
+        layer.track_running_stats = False
+    other = copy.deepcopy(layer)
+
+    def derivatives(layer):
+        wanted = asked(x, extra, *layer.parameters())
+        y = layer(x, extra)
+        first = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        again = torch.autograd.grad(y, wanted, dy, create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum((g * g).sum() for g in again), wanted, allow_unused=True)]
+
+    found = derivatives(layer)
+    assert is_in_cpp(found[0])
+    with in_python():
+        expected = derivatives(other)
+    for one, another in zip(found, expected, strict=True):
+        assert one is another is None or torch.equal(one, another)

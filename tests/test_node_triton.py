@@ -207,6 +207,19 @@ def test_settings_that_change_at_each_call_need_no_further_plan(driver):
         assert all(torch.equal(a, b) for a, b in zip(state(layer).values(), state(other).values(), strict=True))
 
 
+def test_a_cumulative_average_beside_a_momentum(driver):
+    layer, *inputs = made()
+    in_cpp(layer, *inputs)
+    layer.momentum = None
+    layer.reset_running_stats()
+    other = copy.deepcopy(layer)
+    for _ in range(3):
+        step(layer, *inputs)
+        with in_python():
+            step(other, *inputs)
+        assert all(torch.equal(a, b) for a, b in zip(state(layer).values(), state(other).values(), strict=True))
+
+
 def test_a_profiler_hears_of_tritons_launches(driver):
     import triton
 
