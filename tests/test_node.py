@@ -571,6 +571,13 @@ def test_the_negative_of_what_memory_holds(wants):
         assert torch.equal(a.grad, b.grad)
 
 
+def test_a_gradient_that_is_zero_and_has_no_memory():
+    def gradients(layer, x, extra, dy):
+        return torch.autograd.grad(layer(x, extra), [x, layer.weight], torch._efficientzerotensor(dy.shape))
+
+    compared(lambda: made(residual=True, activation="relu"), gradients)
+
+
 def test_what_may_be_planned_is_asked_more_and_more_rarely():
     layer, x, extra, _ = made(layout="with gaps", residual=True)
     with mock.patch.object(node, "_plans", {}), mock.patch.object(node, "prepare", return_value=False) as asked:

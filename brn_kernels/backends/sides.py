@@ -33,9 +33,7 @@ class Memory:
 def memory_of(x: Tensor, *others: Tensor | None) -> Memory:
     """The memory of x, others and ``torch.empty_like(x)``, seen in the layout of x."""
     found = _memory(x.shape, x.stride(), *[None if t is None else t.stride() for t in others])
-    if any(t is not None and t.is_neg() for t in (x, *others)):  # its memory holds the negatives
-        return replace(found, fits=False)
-    return found
+    return found if all(map(_holds_its_values, (x, *others))) else replace(found, fits=False)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -91,9 +89,14 @@ def _fitting_x(x: Tensor) -> tuple[Layout, Tensor]:
 
 
 def _fitting(tensor: Tensor | None, seen_as: Layout) -> Tensor | None:
-    if tensor is None or (_strides(tensor, seen_as) is not None and not tensor.is_neg()):
+    if tensor is None or (_strides(tensor, seen_as) is not None and _holds_its_values(tensor)):
         return tensor
     return copied(tensor, seen_as)
+
+
+def _holds_its_values(tensor: Tensor | None) -> bool:
+    """Whether its memory does: that of ``z.conj().imag`` holds their negatives."""
+    return tensor is None or not (tensor.is_neg() or tensor._is_zerotensor())
 
 
 def dense(values: Tensor | None) -> Tensor | None:

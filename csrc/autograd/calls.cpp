@@ -106,7 +106,6 @@ bool is_dense(const Tensor& tensor, at::IntArrayRef sizes) { return tensor.sizes
 bool is_plain(const Tensors& of) {
   const Tensor &x = of[X], &residual = of[RESIDUAL], &counter = of[COUNTER], &clipped = of[CLIPPED];
   if (!x.defined() || x.dim() < 2) return false;
-  if (x.is_neg() || x._is_zerotensor()) return false;  // its memory holds other values, and so does what is like it
   for (const Slot slot : given) {
     const Tensor& tensor = of[slot];
     if (tensor.defined() && (tensor.device() != x.device() || tensor.key_set() != x.key_set())) return false;
