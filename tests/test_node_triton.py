@@ -10,7 +10,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from node_calls import LAYOUTS, asked, in_python, is_in_cpp, laid_out, made
-from triton_driver import STREAM, standing_in
+from triton_driver import standing_in
 
 import brn_kernels as brn
 from brn_kernels import node
@@ -137,7 +137,7 @@ def test_launches_are_those_that_python_makes(several, request, driver):
     assert [launch[1] for launch in in_cpp_] == [(*grid, 1) for grid in grids]
     assert [launch[2] for launch in in_cpp_] == [(32 * each, 1, 1) for each in warps]
     for function, _, _, shared, stream in in_cpp_:
-        assert shared == driver.compiled[function - 1].metadata.shared and stream == STREAM
+        assert shared == driver.compiled[function - 1].metadata.shared and stream == driver.stream
 
 
 @pytest.mark.parametrize("which", ["x", "residual", "running_mean", "weight", "counter", "dy"])
@@ -278,6 +278,10 @@ def test_counters_are_asked_for_once_a_stream_and_for_each_captured_call(tiny_ti
         layer.reset_running_stats()
         _, expected = step(layer, *inputs)
         assert len(asked_for) == 4
+        driver.stream += 1
+        for _ in range(2):
+            step(layer, *inputs)
+            assert len(asked_for) == 6
     assert all(torch.equal(one, another) for one, another in zip(captured, expected, strict=True))
 
 

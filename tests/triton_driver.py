@@ -16,7 +16,6 @@ LAUNCH = ctypes.CFUNCTYPE(
 )  # fmt: skip
 IS_CAPTURING = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
 ERROR_STRING = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))
-STREAM = 0x5
 ONE_AT_A_TIME = threading.RLock()  # the interpreter is not made for several
 CURRENT_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
 DEVICE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_int)
@@ -81,6 +80,7 @@ class StandIn:
 
     def __init__(self):
         self.compiled, self.launched, self.error, self.capturing, self.contexts = [], [], 0, 0, 0
+        self.stream = 0x5
         self._current = threading.local()
         self._kept = (
             LAUNCH(self._launch), IS_CAPTURING(self._is_capturing), ERROR_STRING(self._error_string),
@@ -125,7 +125,7 @@ class StandIn:
         return 0
 
     def _current_stream(self, device, stream):
-        stream[0] = STREAM
+        stream[0] = self.stream
         return 0
 
     def _set_context(self, context):
