@@ -73,7 +73,7 @@ class Compiled:
     unlike_driver: str  # in what it differs from what ``csrc/autograd/triton.cpp`` launches
 
 
-class Recorder:
+class _Recorder:
     """Stands in for a kernel and notes how it is launched."""
 
     def __init__(self, kernel: Any, name: str, found: list[Launched]) -> None:
@@ -84,7 +84,7 @@ class Recorder:
         self.grid = grid
         return self.record
 
-    def record(self, *arguments: Any, **keywords: Any) -> Any:
+    def record(self, *arguments: Any, **keywords: Any) -> None:
         """A launch."""
         options = {name: keywords.pop(name) for name in ("num_warps", "maxnreg") if name in keywords}
         signature, constants, divisible, numbers, tensors = {}, dict(keywords), [], dict(keywords), {}
@@ -115,11 +115,10 @@ class Recorder:
 
 
 @contextmanager
-def recorded(found: list[Launched], recorder: type[Recorder] = Recorder) -> Iterator[None]:
-    """What is launched is not, but by a ``recorder``."""
+def _recorded(found: list[Launched]) -> Iterator[None]:
     kernels = [(module, name, getattr(module, name)) for module, names in KERNELS.items() for name in names]
     for module, name, kernel in kernels:
-        setattr(module, name, recorder(kernel, name, found))
+        setattr(module, name, _Recorder(kernel, name, found))
     try:
         yield
     finally:
@@ -161,7 +160,7 @@ def launches(
     }  # fmt: skip
     call |= {name: vector(value) if isinstance(value, torch.dtype) else value for name, value in changes.items()}
     found: list[Launched] = []
-    with recorded(found):
+    with _recorded(found):
         y, saved, bits = launch.forward(x, **call)
         launch.backward(
             torch.empty_like(y), x, None, None, call["weight"], call["bias"], saved, bits, activation, True, residual
@@ -170,27 +169,21 @@ def launches(
 
 
 def compile_variant(variant: Variant, architecture: int) -> Compiled:
-    """Compile for sm_``architecture`` and look at it; raises whatever the compiler raises."""
-    compiled = compiled_by_triton(variant, architecture)
-    parameters = [name for name, kind in variant.signature if kind != "constexpr"]
-    return Compiled(
-        *_resources(compiled.asm["cubin"]), compiled.metadata.shared,
-        _narrowest_bulk_access(compiled.asm["ptx"], parameters), _unlike_driver(compiled),
-    )  # fmt: skip
-
-
-def compiled_by_triton(variant: Variant, architecture: int) -> Any:
-    """Triton's ``CompiledKernel``, for sm_``architecture``."""
+    """Compile for sm_``architecture``; raises whatever the compiler raises."""
     os.environ.pop("TRITON_INTERPRET", None)
     module = next(module for module, names in KERNELS.items() if variant.kernel in names)
     kernel = getattr(module, variant.kernel)
     position = {name: i for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
-        kernel.kernel if isinstance(kernel, Recorder) else kernel, dict(variant.signature),
-        {(position[n],): value for n, value in variant.constants},
+        kernel, dict(variant.signature), {(position[n],): value for n, value in variant.constants},
         {(position[n],): [["tt.divisibility", 16]] for n in variant.divisible},
     )  # fmt: skip
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(variant.options))
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(variant.options))
+    parameters = [name for name, kind in variant.signature if kind != "constexpr"]
+    return Compiled(
+        *_resources(compiled.asm["cubin"]), compiled.metadata.shared,
+        _narrowest_bulk_access(compiled.asm["ptx"], parameters), _unlike_driver(compiled),
+    )  # fmt: skip
 
 
 def _unlike_driver(compiled: Any) -> str:

@@ -48,6 +48,13 @@ int cuGetErrorString(int error, const char** text) {
   return 0;
 }
 
+// Of the CPU's memory, which is launched on here.
+int cuPointerGetAttribute(void* data, int attribute, unsigned long long pointer) {
+  (void)attribute;
+  *(unsigned long long*)data = pointer;
+  return 0;
+}
+
 // What else Triton's launcher is linked with, and does not call.
 #define NOTHING(name) \
   int name(void) { return 1; }
@@ -63,4 +70,3 @@ NOTHING(cuFuncSetAttribute)
 NOTHING(cuFuncSetCacheConfig)
 NOTHING(cuModuleGetFunction)
 NOTHING(cuModuleLoadData)
-NOTHING(cuPointerGetAttribute)
