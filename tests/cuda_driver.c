@@ -58,6 +58,7 @@ int cuPointerGetAttribute(void* data, int attribute, unsigned long long pointer)
 // What else Triton's launcher is linked with, and does not call.
 #define NOTHING(name) \
   int name(void) { return 1; }
+NOTHING(cuCtxGetDevice)
 NOTHING(cuCtxGetLimit)
 NOTHING(cuCtxSetCurrent)
 NOTHING(cuCtxSetLimit)
@@ -70,3 +71,4 @@ NOTHING(cuFuncSetAttribute)
 NOTHING(cuFuncSetCacheConfig)
 NOTHING(cuModuleGetFunction)
 NOTHING(cuModuleLoadData)
+NOTHING(cuModuleUnload)

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import threading
+import weakref
 from unittest import mock
 
 import pytest
@@ -182,6 +184,20 @@ def test_the_second_step_is_cpps_in_every_layout(driver, layout):
         launched = len(driver.launched)
         y.backward(torch.empty_like(y).copy_(dy))
         assert len(driver.launched) == launched + was_in_cpp
+
+
+def test_a_kernel_that_is_launched_stays_loaded(driver):
+    """Newer versions of Triton unload the code of a kernel that nothing refers to."""
+    from brn_kernels.backends.triton import launch
+
+    layer, *inputs = made()
+    in_cpp(layer, *inputs)
+    kernels = [weakref.ref(kernel) for kernel in driver.compiled]
+    launch._plan.cache_clear()
+    functions, driver.compiled = driver.compiled, None
+    del functions
+    gc.collect()
+    assert kernels and all(kernel() is not None for kernel in kernels)
 
 
 def test_schedules_beyond_32_bits_are_pythons(driver):

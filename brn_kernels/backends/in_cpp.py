@@ -47,6 +47,7 @@ class TritonLaunch(NamedTuple):
     ``parameters`` are the kernel's, in its order: a name, and its value, or None if it is the call's own.
     """
 
+    compiled: Any  # Triton's, kept so that its code stays loaded
     function: int  # a CUfunction
     grid_x: int
     grid_y: int

@@ -104,9 +104,10 @@ struct Launch {
   std::vector<Source> parameters;
 
   explicit Launch(PyObject* made) {
-    PyObject* each = nullptr;
+    PyObject *compiled = nullptr, *each = nullptr;
     unsigned long long address = 0;
-    if (!PyArg_ParseTuple(made, "KIIIIO!", &address, &grid_x, &grid_y, &threads, &shared_bytes, &PyTuple_Type, &each)) {
+    if (!PyArg_ParseTuple(made, "OKIIIIO!", &compiled, &address, &grid_x, &grid_y, &threads, &shared_bytes,
+                          &PyTuple_Type, &each)) {
       throw_python_error();
     }
     function = reinterpret_cast<void*>(address);
@@ -220,7 +221,7 @@ std::unique_ptr<Kernels> triton_kernels(PyObject* made) {
   std::memcpy(&driver, functions.data(), sizeof(driver));
   std::vector<Launch> all;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(launches); ++i) all.emplace_back(PyTuple_GET_ITEM(launches, i));
-  Py_INCREF(tickets_of);
+  Py_INCREF(made);  // the kernels' code stays loaded as long as Triton's objects in it live
   return std::make_unique<TritonKernels>(driver, std::move(all), workspace, tickets, tickets_of);
 }
 

@@ -121,8 +121,8 @@ def prepared(
         if kind != expected:
             return None
         parameters.append((name.removesuffix("_ptr"), value))
-    metadata = compiled.metadata
-    return TritonLaunch(compiled.function, *grid, 32 * metadata.num_warps, metadata.shared, tuple(parameters))
+    threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
+    return TritonLaunch(compiled, compiled.function, *grid, threads, shared, tuple(parameters))
 
 
 @functools.cache
