@@ -26,7 +26,7 @@ from torch.utils import cpp_extension
 import brn_kernels as brn
 from brn_kernels import backends, node
 from brn_kernels.backends import triton as kernels
-from brn_kernels.backends.in_cpp import DRIVER_FUNCTIONS, STREAM_FUNCTION
+from brn_kernels.backends.in_cpp import DRIVER_FUNCTIONS
 from brn_kernels.backends.triton import launch, launcher
 
 from .record import machine
@@ -158,9 +158,8 @@ class _Nothing:
 @contextlib.contextmanager
 def _launching_nothing(device: torch.device) -> Iterator[None]:
     counters: Tensor = torch.empty(1, dtype=torch.int32, device=device)
-    called = ("cuLaunchKernel", "cuStreamIsCapturing", "cuCtxGetCurrent", STREAM_FUNCTION)
-    names = (*DRIVER_FUNCTIONS, STREAM_FUNCTION)
-    driver = tuple(getattr(torch.ops.brn_idle, name)() if name in called else 0 for name in names)
+    called = ("cuLaunchKernel", "cuStreamIsCapturing", "cuCtxGetCurrent", "aoti_torch_get_current_cuda_stream")
+    driver = tuple(getattr(torch.ops.brn_idle, name)() if name in called else 0 for name in DRIVER_FUNCTIONS)
     with contextlib.ExitStack() as stack:
         for module, name in (
             (launch.kernels_forward, "stream_kernel"), (launch.kernels_forward, "resident_forward_kernel"),

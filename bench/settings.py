@@ -98,8 +98,7 @@ class Trial:
 
 
 def _forget() -> None:
-    for remembering in (config.launch_for, launch._plan):
-        remembering.cache_clear()
+    launch.forget()
     node.forget()
 
 

@@ -106,7 +106,7 @@ def renormalize(
             schedule, momentum, eps, activation,
         )  # fmt: skip
         y = node.forward(backend, *call)
-        if y is not None and y is not NotImplemented:
+        if isinstance(y, Tensor):
             return y
     _check_tensors(x, residual, mask, weight, bias, running_mean, running_var, training, process_group)
     _check_devices(
@@ -136,7 +136,7 @@ def renormalize(
             )  # fmt: skip
     elif y is NotImplemented and node.prepare(backend, *call):
         y = node.forward(backend, *call)
-        if y is not None and y is not NotImplemented:
+        if isinstance(y, Tensor):
             return y
     rest = (
         running_mean, running_var, num_batches_tracked, clipped, limits, schedule, momentum, eps, activation,

@@ -116,10 +116,9 @@ def tiny_tiles(nothing_resident, monkeypatch):
 
 def _forget_launches():
     from brn_kernels import node
-    from brn_kernels.backends.triton import config, launch
+    from brn_kernels.backends.triton import launch
 
-    for remembering in (config.launch_for, launch._plan):
-        remembering.cache_clear()
+    launch.forget()
     node.forget()
 
 

@@ -100,8 +100,7 @@ TINY_TILES = {
 def compare(layout, dtype, fused):
     """The launches of a step, of one kind of call: how many."""
     residual, activation = fused
-    config.launch_for.cache_clear()
-    launch._plan.cache_clear()
+    launch.forget()
     node.forget()
     launched.clear()
     layer, x, extra, dy = made(dtype, layout, residual, activation, affine=residual)

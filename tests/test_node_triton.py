@@ -193,7 +193,7 @@ def test_a_kernel_that_is_launched_stays_loaded(driver):
     layer, *inputs = made()
     in_cpp(layer, *inputs)
     kernels = [weakref.ref(kernel) for kernel in driver.compiled]
-    launch._plan.cache_clear()
+    launch.forget()
     functions, driver.compiled = driver.compiled, None
     del functions
     gc.collect()

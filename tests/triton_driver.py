@@ -139,7 +139,7 @@ def standing_in():
     """Calls by the Triton backend are C++'s from the second on; yields the stand-in for the driver."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from brn_kernels.backends.triton import config, launch, launcher
+    from brn_kernels.backends.triton import launch, launcher
 
     driver = StandIn()
     interpret = InterpretedFunction.run
@@ -152,9 +152,8 @@ def standing_in():
         return compiled
 
     with contextlib.ExitStack() as stack:
-        for remembering in (config.launch_for, launch._plan):
-            remembering.cache_clear()
-            stack.callback(remembering.cache_clear)
+        launch.forget()
+        stack.callback(launch.forget)
         for what, name, value in (
             (node, "_plans", {}), (launcher, "_is_known", lambda *_: True), (launcher, "driver", driver.addresses),
             (InterpretedFunction, "run", run),

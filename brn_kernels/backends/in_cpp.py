@@ -57,18 +57,17 @@ class TritonLaunch(NamedTuple):
 
 
 # The functions that C++ is given the addresses of, in the order of ``Driver`` in ``triton.cpp``: the CUDA driver's, and
-# PyTorch's.
+# one of PyTorch's.
 DRIVER_FUNCTIONS = (
     "cuLaunchKernel", "cuStreamIsCapturing", "cuGetErrorString", "cuCtxGetCurrent", "cuDeviceGet",
-    "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
+    "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "aoti_torch_get_current_cuda_stream",
 )  # fmt: skip
-STREAM_FUNCTION = "aoti_torch_get_current_cuda_stream"
 
 
 class TritonKernels(NamedTuple):
     """Those of one direction."""
 
-    driver: tuple[int, ...]  # addresses of ``DRIVER_FUNCTIONS`` and ``STREAM_FUNCTION``
+    driver: tuple[int, ...]  # addresses of ``DRIVER_FUNCTIONS``
     launches: tuple[TritonLaunch, ...]
     workspace: int  # numbers of the statistics' dtype
     tickets: int  # counters

@@ -314,6 +314,12 @@ def _step(module: ModuleType, name: str, constants: Constants) -> Step:
     return Step(module, name, pointers, len(numbers) - sums, sums, constants)
 
 
+def forget() -> None:
+    """Find launches anew, for who changes what they follow from (``config``). C++'s: ``node.forget``."""
+    config.launch_for.cache_clear()
+    _plan.cache_clear()
+
+
 def _coefficients(workspace: Tensor, launch: Launch) -> Tensor:
     """The rows of a forward's workspace that the repair reads: pivot, scale, shift, and what is to be repaired."""
     rows = kernels_forward.COEFFICIENT_ROWS

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from ..in_cpp import DRIVER_FUNCTIONS, STREAM_FUNCTION, TritonLaunch
+from ..in_cpp import DRIVER_FUNCTIONS, TritonLaunch
 
 ALIGNMENT = 16
 _INT32_MAX = 2**31 - 1
@@ -127,10 +127,10 @@ def prepared(
 
 @functools.cache
 def driver() -> tuple[int, ...] | None:
-    """Addresses of ``DRIVER_FUNCTIONS`` and ``STREAM_FUNCTION``; None if there is no driver."""
+    """Addresses of ``DRIVER_FUNCTIONS``; None if there is no driver."""
     try:
         cuda, of_torch = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL(str(_TORCH_CUDA))
-        functions = [*[getattr(cuda, name) for name in DRIVER_FUNCTIONS], getattr(of_torch, STREAM_FUNCTION)]
+        functions = [getattr(cuda if name.startswith("cu") else of_torch, name) for name in DRIVER_FUNCTIONS]
     except (OSError, AttributeError):
         return None
     return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
