@@ -38,8 +38,7 @@ class BatchRenormFunction(torch.autograd.Function):
             y, saved, bits = kernels.forward(x, residual, mask, weight, bias, *rest[:9], auto_state=auto_state)
         else:
             if not traced:
-                auto = auto_state is not None and distributed.group_of(ctx.process_group) is None
-                call = recompute.begin(x, residual, mask, weight, bias, ctx.activation, ctx.backend, auto)
+                call = recompute.begin(x, residual, mask, weight, bias, ctx.activation, ctx.backend)
             coefficients = None if call is None else call.coefficients
             y, saved, bits = ops.run_forward(
                 x, residual, mask, weight, bias, *rest[:-2], coefficients, auto_state

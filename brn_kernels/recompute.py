@@ -91,11 +91,10 @@ class Call:
         bias: Tensor | None,
         activation: str | None,
         kernels: ModuleType,
-        auto: bool,
     ) -> None:
         self._hooks, self._x, self._activation = hooks, x, activation
         self.coefficients: Tensor | None = None
-        if kernels is not reference and kernels.is_fused(x, None, mask, activation, auto):
+        if kernels is not reference and kernels.is_fused(x, None, mask, activation):
             # filled by the forward with what it computed y of
             self.coefficients = torch.empty(3, x.shape[1], dtype=reference.statistics_dtype(x), device=x.device)
             self._compute = functools.partial(_applied, kernels, self.coefficients, activation)
@@ -121,16 +120,12 @@ def begin(
     bias: Tensor | None,
     activation: str | None,
     backend: str,
-    auto: bool,
 ) -> Call | None:
-    """A ``Call`` if one of these arguments is under way inside ``recompute_activations``; else None.
-
-    ``auto``: whether the backend is to follow automatic limits.
-    """
+    """A ``Call`` if one of these arguments is under way inside ``recompute_activations``; else None."""
     hooks = _owner(torch._C._autograd._top_saved_tensors_default_hooks(False))
     if hooks is None or residual is not None or x.numel() == 0 or type(x) not in (Tensor, torch.nn.Parameter):
         return None
-    return Call(hooks, x, mask, weight, bias, activation, backends.resolve(backend, x.device.type), auto)
+    return Call(hooks, x, mask, weight, bias, activation, backends.resolve(backend, x.device.type))
 
 
 class _Recipe:

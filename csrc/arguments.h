@@ -30,9 +30,12 @@ struct PerChannel {
   DType dtype;
 };
 
-// The clip limits in force: `given` (r_max, d_max) if there, else the ramps at the counter (schedule.py).
+constexpr int64_t kAutomaticRows = 5;  // of the state of automatic limits (backends/auto_limits.py)
+
+// The clip limits in force: those of `automatic`, (kAutomaticRows, channels) of float or double, if there; else `given`
+// (r_max, d_max) if there; else the ramps at the counter (schedule.py).
 struct Schedule {
-  PerChannel given;
+  PerChannel automatic, given;
   double r_max, d_max;
   int64_t hold, r_ramp, d_ramp;
 };

@@ -3,128 +3,10 @@
 
 #include <math.h>
 
-#include <cstdint>
-#include <cstring>
-
-#include "arguments.h"
-
-// Internal linkage throughout: the CPU loops are compiled several times, each for another instruction set, and the
-// linker must never merge a function of one with that of another.
-#ifdef __CUDACC__
-#define BRN_INLINE static __host__ __device__ __forceinline__
-#else
-#define BRN_INLINE static inline __attribute__((always_inline))
-#endif
+#include "clip_limits.h"
 
 namespace brn {
 namespace {
-
-BRN_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-BRN_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-BRN_INLINE float bfloat16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
-
-// To nearest, ties to even; NaN stays NaN.
-BRN_INLINE uint16_t float_to_bfloat16(float value) {
-  const uint32_t bits = float_to_bits(value);
-  if (value != value) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-BRN_INLINE float float16_to_float(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, rest = bits & 0x7fff;
-  if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // Inf, NaN
-  // Shifted into place, the exponent is 112 too small; the product is exact, subnormals included.
-  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 5.192296858534828e33f));  // 2^112
-}
-
-// To nearest, ties to even; NaN stays NaN, what is too large becomes Inf.
-BRN_INLINE uint16_t float_to_float16(float value) {
-  const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7fffffff;
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
-  if (magnitude > 0x7f800000) return sign | 0x7e00;
-  if (magnitude >= 0x477ff000) return sign | 0x7c00;
-  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 makes the hardware round at the last bit of a float16
-    const float shifted = bits_to_float(magnitude) + 0.5f;
-    return sign | static_cast<uint16_t>(float_to_bits(shifted) - 0x3f000000);
-  }
-  return sign | static_cast<uint16_t>((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13);
-}
-
-// Value `channel` of `values`, or `otherwise` where there are none.
-template <typename T>
-BRN_INLINE T value_at(PerChannel values, int64_t channel, T otherwise) {
-  if (values.data == nullptr) return otherwise;
-  switch (values.dtype) {
-    case DType::float32:
-      return static_cast<T>(static_cast<const float*>(values.data)[channel]);
-    case DType::float64:
-      return static_cast<T>(static_cast<const double*>(values.data)[channel]);
-    case DType::bfloat16:
-      return static_cast<T>(bfloat16_to_float(static_cast<const uint16_t*>(values.data)[channel]));
-    default:
-      return static_cast<T>(float16_to_float(static_cast<const uint16_t*>(values.data)[channel]));
-  }
-}
-
-template <typename T>
-BRN_INLINE bool is_finite(T value) {
-  return value - value == 0;
-}
-
-// Stores `value`, rounded to the dtype of `values`, unless that is not finite.
-template <typename T>
-BRN_INLINE void store_if_finite(PerChannel values, int64_t channel, T value) {
-  switch (values.dtype) {
-    case DType::float32:
-      if (is_finite(static_cast<float>(value))) static_cast<float*>(values.data)[channel] = static_cast<float>(value);
-      break;
-    case DType::float64:
-      if (is_finite(value)) static_cast<double*>(values.data)[channel] = static_cast<double>(value);
-      break;
-    case DType::bfloat16: {
-      const uint16_t rounded = float_to_bfloat16(static_cast<float>(value));
-      if (is_finite(bfloat16_to_float(rounded))) static_cast<uint16_t*>(values.data)[channel] = rounded;
-      break;
-    }
-    default: {
-      const uint16_t rounded = float_to_float16(static_cast<float>(value));
-      if (is_finite(float16_to_float(rounded))) static_cast<uint16_t*>(values.data)[channel] = rounded;
-    }
-  }
-}
-
-template <typename T>
-struct Limits {
-  T r_max, d_max;
-};
-
-// A limit `since` steps after the hold: `closed` before it, `final` after `ramp` more.
-template <typename T>
-BRN_INLINE T ramp_at(int64_t since, T closed, T final, int64_t ramp) {
-  if (since < 0) return closed;
-  if (since >= ramp) return final;
-  return closed + (final - closed) * (static_cast<T>(since) / static_cast<T>(ramp));
-}
-
-template <typename T>
-BRN_INLINE Limits<T> limits_at(const Schedule& schedule, const int64_t* counter) {
-  if (schedule.given.data != nullptr) {
-    return {value_at<T>(schedule.given, 0, 1), value_at<T>(schedule.given, 1, 0)};
-  }
-  const int64_t since = (counter == nullptr ? 0 : *counter) - schedule.hold;
-  return {ramp_at<T>(since, 1, static_cast<T>(schedule.r_max), schedule.r_ramp),
-          ramp_at<T>(since, 0, static_cast<T>(schedule.d_max), schedule.d_ramp)};
-}
 
 // What is known of some of a channel's values: how many, their mean, and the sum of squares about it.
 struct Moments {
@@ -197,11 +79,17 @@ BRN_INLINE Correction<T> no_correction(T batch_mean, T batch_var, T gamma, T bet
   return {1 / batch_std, 1, 0, true, true, {batch_mean, gamma / batch_std, beta}};
 }
 
-// Everything that follows from a channel's moments: r, d, what the backward needs, the running statistics (moved), the
-// clipped flag. `limits` are those in force; *a.counter is not moved yet.
+// The weight of a batch in the running statistics.
 template <typename T>
-BRN_INLINE Correction<T> finish_channel(const ForwardArguments& a, int64_t channel, const Moments& moments,
-                                        Limits<T> limits) {
+BRN_INLINE T momentum_at(const ForwardArguments& a) {
+  if (a.cumulative) return 1 / static_cast<T>(*a.counter + 1);
+  return a.schedule.automatic.data != nullptr ? automatic::momentum<T>(a) : static_cast<T>(a.momentum);
+}
+
+// Everything that follows from a channel's moments: r, d, what the backward needs, the running statistics (moved), the
+// clipped flag, the state of automatic limits. *a.counter is not moved yet.
+template <typename T>
+BRN_INLINE Correction<T> finish_channel(const ForwardArguments& a, int64_t channel, const Moments& moments) {
   const T gamma = value_at<T>(a.weight, channel, 1), beta = value_at<T>(a.bias, channel, 0);
   const T batch_mean = static_cast<T>(moments.mean), batch_var = static_cast<T>(moments.m2 / moments.count);
   const T eps = static_cast<T>(a.eps);
@@ -211,10 +99,13 @@ BRN_INLINE Correction<T> finish_channel(const ForwardArguments& a, int64_t chann
   } else {
     const T running_mean = value_at<T>(a.running_mean, channel, 0),
             running_var = value_at<T>(a.running_var, channel, 1);
-    it = correction(batch_mean, batch_var, running_mean, running_var, limits, gamma, beta, eps);
+    it = correction(batch_mean, batch_var, running_mean, running_var, limits_at<T>(a, channel), gamma, beta, eps);
     if (moments.count >= 2) {  // one value says nothing about a variance
+      if (a.schedule.automatic.data != nullptr) {
+        automatic::observe(a, channel, batch_mean, batch_var, running_var, eps);
+      }
       if (it.finite) {
-        const T momentum = a.cumulative ? 1 / static_cast<T>(*a.counter + 1) : static_cast<T>(a.momentum);
+        const T momentum = momentum_at<T>(a);
         const T unbiased_var = batch_var * static_cast<T>(moments.count / (moments.count - 1));
         store_if_finite(a.running_mean, channel, running_mean + momentum * (batch_mean - running_mean));
         store_if_finite(a.running_var, channel, running_var + momentum * (unbiased_var - running_var));
@@ -245,8 +136,10 @@ BRN_INLINE Coefficients<T> given_coefficients(const ForwardArguments& a, int64_t
 // Whether y of a channel is written before its batch statistics are known: it is, if the limits are open and the
 // channel was not clipped at the last step.
 template <typename T>
-BRN_INLINE bool predicted_unclipped(const ForwardArguments& a, int64_t channel, Limits<T> limits) {
-  if (a.running_mean.data == nullptr || !(limits.r_max > 1 && limits.d_max > 0)) return false;
+BRN_INLINE bool predicted_unclipped(const ForwardArguments& a, int64_t channel) {
+  if (a.running_mean.data == nullptr) return false;
+  const Limits<T> limits = limits_at<T>(a, channel);
+  if (!(limits.r_max > 1 && limits.d_max > 0)) return false;
   return a.clipped == nullptr || !a.clipped[channel];
 }
 

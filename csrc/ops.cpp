@@ -86,6 +86,13 @@ brn::PerChannel per_channel(const MaybeTensor& values, int64_t channels) {
   return {values->data_ptr(), dtype_of(*values)};
 }
 
+brn::PerChannel state_of(const MaybeTensor& auto_state, int64_t channels) {
+  STD_TORCH_CHECK(!auto_state.has_value() || auto_state->scalar_type() == ScalarType::Float ||
+                      auto_state->scalar_type() == ScalarType::Double,
+                  "auto_state: float or double");
+  return per_channel(auto_state, brn::kAutomaticRows * channels);
+}
+
 template <typename T>
 T* data_or_null(const MaybeTensor& tensor) {
   return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
@@ -140,9 +147,9 @@ void run(void (*loops)(const Arguments&), const Arguments& arguments, const Tens
 
 void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTensor weight, MaybeTensor bias,
              MaybeTensor running_mean, MaybeTensor running_var, MaybeTensor num_batches_tracked, MaybeTensor clipped,
-             MaybeTensor limits, Tensor saved, std::vector<int64_t> layout, std::vector<int64_t> strides,
-             std::vector<double> schedule, std::optional<double> momentum, double eps, int64_t activation,
-             MaybeTensor coefficients, MaybeTensor workspace) {
+             MaybeTensor limits, MaybeTensor auto_state, Tensor saved, std::vector<int64_t> layout,
+             std::vector<int64_t> strides, std::vector<double> schedule, std::optional<double> momentum, double eps,
+             int64_t activation, MaybeTensor coefficients, MaybeTensor workspace) {
   const brn::Layout shape = layout_of(layout, x);
   check_saved(saved, x, shape);
   STD_TORCH_CHECK(schedule.size() == 5, "schedule: r_max, d_max, hold, r_ramp, d_ramp");
@@ -167,7 +174,8 @@ void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTe
   arguments.running_var = per_channel(running_var, shape.channels);
   arguments.counter = data_or_null<int64_t>(num_batches_tracked);
   arguments.clipped = data_or_null<bool>(clipped);
-  arguments.schedule = {per_channel(limits, 2),
+  arguments.schedule = {state_of(auto_state, shape.channels),
+                        per_channel(limits, 2),
                         schedule[0],
                         schedule[1],
                         static_cast<int64_t>(schedule[2]),
@@ -232,8 +240,8 @@ STABLE_TORCH_LIBRARY(BRN_OPERATORS, m) {
   m.def(
       "forward(Tensor x, Tensor? residual, Tensor(a!) y, Tensor(b!)? bits, Tensor? weight, Tensor? bias,"
       " Tensor(c!)? running_mean, Tensor(d!)? running_var, Tensor(e!)? num_batches_tracked, Tensor(f!)? clipped,"
-      " Tensor? limits, Tensor(g!) saved, int[] layout, int[] strides, float[] schedule, float? momentum, float eps,"
-      " int activation, Tensor(h!)? coefficients, Tensor(i!)? workspace) -> ()");
+      " Tensor? limits, Tensor(g!)? auto_state, Tensor(h!) saved, int[] layout, int[] strides, float[] schedule,"
+      " float? momentum, float eps, int activation, Tensor(i!)? coefficients, Tensor(j!)? workspace) -> ()");
   m.def(
       "apply(Tensor x, Tensor(a!) y, Tensor coefficients, int[] layout, int[] strides, int activation,"
       " Tensor(b!)? workspace) -> ()");

@@ -70,8 +70,9 @@ class ByHand:
         return r, d
 
 
+@pytest.mark.many_steps
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 2e-4)], ids=str)
-def test_limits_and_output_equal_those_by_hand(device, dtype, tolerance):
+def test_limits_and_output_equal_those_by_hand(backend, device, dtype, tolerance):
     layer, channels = layer_of(2, device, dtype), [ByHand(), ByHand()]
     for step in range(80):
         x = batch(step, channels=2, dtype=dtype, scale=1 + step / 40, shift=math.sin(step / 9)).to(device)
@@ -90,7 +91,8 @@ def test_limits_and_output_equal_those_by_hand(device, dtype, tolerance):
     assert expected[0].min() > 1.05 and expected[1].min() > 0.1, "the limits have to be open for this to show anything"
 
 
-def test_running_statistics_forget_what_they_start_with(device):
+@pytest.mark.many_steps
+def test_running_statistics_forget_what_they_start_with(backend, device):
     short = layer_of(device=device, momentum=0.01)
     x = batch(0).to(device)
     short(x)
@@ -102,8 +104,9 @@ def test_running_statistics_forget_what_they_start_with(device):
     torch.testing.assert_close(short.running_mean, before + 0.01 * (x.mean((0, 2, 3)) + 10 - before))
 
 
+@pytest.mark.many_steps
 @pytest.mark.parametrize("momentum, expected", [(0.0, 0.0), (None, 1.5)])
-def test_frozen_and_averaged_statistics_stay_so(device, momentum, expected):
+def test_frozen_and_averaged_statistics_stay_so(backend, device, momentum, expected):
     layer = layer_of(device=device, momentum=momentum)
     for value in (1.0, 2.0):
         layer(batch(0).to(device) * 1e-3 + value)
@@ -142,8 +145,9 @@ def test_a_drift_does_not_open_the_limits(device):
     assert (drifting.auto_limits()[1] < 0.2).all()
 
 
+@pytest.mark.many_steps
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_channel_that_is_not_finite_leaves_its_state(device, bad):
+def test_a_channel_that_is_not_finite_leaves_its_state(backend, device, bad):
     layer = layer_of(device=device)
     train(layer, 12)
     before, x = layer.auto_state.clone(), batch(12).to(device)
@@ -165,7 +169,8 @@ def test_masked_values_stay_out(device):
     torch.testing.assert_close(masked.auto_state, cut.auto_state, rtol=1e-10, atol=1e-12)
 
 
-def test_batches_of_one_value_or_none_leave_the_state(device):
+@pytest.mark.many_steps
+def test_batches_of_one_value_or_none_leave_the_state(backend, device):
     layer = layer_of(device=device)
     train(layer, 12)
     before, mask = layer.auto_state.clone(), torch.zeros(4, 5, 2, dtype=torch.bool, device=device)

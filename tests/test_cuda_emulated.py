@@ -70,7 +70,7 @@ def test_every_way_through_the_kernels(shape, channels_last, multiprocessors, em
     n=st.integers(1, 20), c=st.sampled_from([1, 2, 3, 7, 8, 16, 33, 64, 96]),
     spatial=st.lists(st.integers(1, 12), max_size=3), channels_last=st.booleans(), dtype=st.sampled_from(DTYPES),
     residual=st.booleans(), activation=st.sampled_from(list(ACTIVATIONS)),
-    limits=st.sampled_from([(1.0, 0.0), (1.2, 0.3), (3.0, 5.0), (1e6, 1e6)]),
+    limits=st.sampled_from([(1.0, 0.0), (1.2, 0.3), (3.0, 5.0), (1e6, 1e6), "auto"]),
     multiprocessors=st.sampled_from([1, 4, 132]), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_any_call(n, c, spatial, channels_last, dtype, residual, activation, limits, multiprocessors, seed, emulation):
@@ -86,8 +86,9 @@ def test_any_call(n, c, spatial, channels_last, dtype, residual, activation, lim
 @LAYOUTS
 @pytest.mark.parametrize("shape", [(6, 40, 8, 8), (9, 24, 5, 5), (4, 7, 20, 20)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_bit_depends_on_the_prediction_or_the_order_of_threads(shape, channels_last, dtype):
-    case = Case(shape, dtype, channels_last, residual=True, activation="relu")
+@pytest.mark.parametrize("limits", [(1.3, 0.4), "auto"], ids=str)
+def test_no_bit_depends_on_the_prediction_or_the_order_of_threads(shape, channels_last, dtype, limits):
+    case = Case(shape, dtype, channels_last, residual=True, activation="relu", limits=limits)
     right, right_state = case.run(clipped=False)
     wrong, wrong_state = case.run(clipped=True)
     assert 0 < right_state[3].sum() < shape[1], "some clip, some do not"

@@ -50,6 +50,7 @@ def test_every_way_through_the_loops(shape, channels_last, count, threads):
     check(Case(shape, torch.float32, channels_last, residual=True, activation="relu"))
     check(Case(shape, torch.float64, channels_last, limits=(1e6, 1e6)))
     check(Case(shape, torch.bfloat16, channels_last, limits=(1.0, 0.0), activation="relu"))
+    check(Case(shape, torch.float32, channels_last, limits="auto"))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -58,7 +59,7 @@ def test_every_way_through_the_loops(shape, channels_last, count, threads):
     spatial=st.lists(st.integers(1, 15), max_size=3), channels_last=st.booleans(),
     dtype=st.sampled_from(["float32", "float64", "bfloat16", "float16"]), residual=st.booleans(),
     activation=st.sampled_from(list(ACTIVATIONS)),
-    limits=st.sampled_from([(1.0, 0.0), (1.2, 0.3), (3.0, 5.0), (1e6, 1e6)]), seed=st.integers(0, 2**16),
+    limits=st.sampled_from([(1.0, 0.0), (1.2, 0.3), (3.0, 5.0), (1e6, 1e6), "auto"]), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_any_call(n, c, spatial, dtype, channels_last, residual, activation, limits, seed):
     values = n
@@ -72,9 +73,10 @@ def test_any_call(n, c, spatial, dtype, channels_last, residual, activation, lim
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(16, 40, 30, 30), (9, 24, 5, 5), (8, 7, 90, 90)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_bit_depends_on_the_prediction(shape, channels_last, dtype, threads):
+@pytest.mark.parametrize("limits", [(1.3, 0.4), "auto"], ids=str)
+def test_no_bit_depends_on_the_prediction(shape, channels_last, dtype, limits, threads):
     threads(2)
-    case = Case(shape, dtype, channels_last, residual=True, activation="relu")
+    case = Case(shape, dtype, channels_last, residual=True, activation="relu", limits=limits)
     right, right_state = case.run(clipped=False)
     wrong, wrong_state = case.run(clipped=True)
     assert 0 < right_state[3].sum() < shape[1], "some clip, some do not"

@@ -236,6 +236,41 @@ def test_schedules_that_hold_for_ever():
             assert torch.equal(layer(x), other(x))
 
 
+def test_automatic_limits():
+    layers = [made()[0] for _ in range(2)]
+    for layer in layers:
+        layer.schedule = brn.ClipSchedule.auto()
+    for step in range(30):
+        x = torch.randn(4, 6, 5, 3, generator=torch.Generator().manual_seed(step)) + step / 10
+        y = layers[0](x)
+        assert is_in_cpp(y)
+        with in_python():
+            assert torch.equal(y, layers[1](x))
+    assert layers[0].auto_limits()[1].min() > 0.1
+    for name, buffer in layers[1].named_buffers():
+        assert torch.equal(layers[0].get_buffer(name), buffer)
+
+
+@pytest.mark.parametrize("fault", ["rows", "dtype", "gaps"])
+def test_another_state_of_automatic_limits(fault):
+    layer, x, _, _ = made()
+    layer.schedule = brn.ClipSchedule.auto()
+    layer(x)
+    state = layer.auto_state.clone()
+    layer._buffers["auto_state"] = {
+        "rows": torch.cat([state, state]), "dtype": state.half(), "gaps": torch.stack([state, state], 2)[..., 0]
+    }[fault]  # fmt: skip
+    other = copy.deepcopy(layer)
+    if fault != "gaps":
+        with pytest.raises(ValueError, match="auto_state: expected"):
+            layer(x)
+        return
+    y = layer(x)
+    with in_python():
+        assert torch.equal(y, other(x)) and torch.equal(layer.auto_state, other.auto_state)
+    assert layer.auto_state[0, 0] == 2
+
+
 def test_a_number_beyond_all_bounds_is_pythons():
     layer, x, _, _ = made()
     layer(x)

@@ -30,11 +30,9 @@ def unusable(device_type: str) -> str | None:
     return _gpu_refuses() if reason is None and device_type == "cuda" else reason
 
 
-def is_fused(
-    x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None, auto: bool = False
-) -> bool:
+def is_fused(x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> bool:
     """Whether the kernels do this call; what they do not is the reference backend's."""
-    return mask is None and x.numel() > 0 and not auto
+    return mask is None and x.numel() > 0
 
 
 @functools.cache
@@ -99,8 +97,8 @@ def forward(
     coefficients: Tensor | None = None,
     auto_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``reference.forward``; a mask and automatic limits are left to it."""
-    if not is_fused(x, residual, mask, activation, auto_state is not None):
+    """``reference.forward``; a mask is left to it."""
+    if not is_fused(x, residual, mask, activation):
         return reference.forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
             momentum, eps, activation, auto_state,
@@ -118,12 +116,15 @@ def forward(
     if reference.keeps_bits(residual, activation):
         bits = torch.empty(layout.bits_shape(shape), dtype=torch.uint8, device=x.device)
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
+    dense_state = dense(auto_state)
     torch.ops.brn_kernels_native.forward(
         x, residual, y, bits, dense(weight), dense(bias), dense_mean, dense_var, num_batches_tracked,
-        dense_clipped, dense(limits), saved, shape, (*of_x, *of_residual, *of_y), schedule, momentum, eps,
+        dense_clipped, dense(limits), dense_state, saved, shape, (*of_x, *of_residual, *of_y), schedule, momentum, eps,
         ACTIVATION_CODES[activation], coefficients, _workspace(x, shape),
     )  # fmt: skip
-    copy_back(((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped)))
+    copy_back(
+        ((dense_mean, running_mean), (dense_var, running_var), (dense_clipped, clipped), (dense_state, auto_state))
+    )
     return y, saved, bits
 
 
@@ -181,7 +182,7 @@ def backward(
 def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> InCpp | None:
     """What ``csrc/autograd`` calls for such a call, and for its backward, of a dy that lies as y does."""
     x, residual, activation = call.x, call.residual, call.activation
-    if not is_fused(x, residual, None, activation, call.auto_state is not None):
+    if not is_fused(x, residual, None, activation):
         return None
     memory = sides.memory_of(x, residual)
     if not memory.fits:

@@ -27,15 +27,15 @@ class NativeKernels final : public Kernels {
     MaybeTensor workspace;
     if (workspace_ > 0) workspace = at::empty({workspace_}, of[X].options().dtype(at::kByte));
     torch::jit::Stack stack;
-    stack.reserve(20);
+    stack.reserve(21);
     if (settings != nullptr) {
       const std::vector<double> schedule = {settings->r_max, settings->d_max, static_cast<double>(settings->hold),
                                             static_cast<double>(settings->r_ramp),
                                             static_cast<double>(settings->d_ramp)};
       torch::jit::push(stack, of[X], optional(of[RESIDUAL]), of[Y], optional(of[BITS]), optional(of[WEIGHT]),
                        optional(of[BIAS]), optional(of[RUNNING_MEAN]), optional(of[RUNNING_VAR]), optional(of[COUNTER]),
-                       optional(of[CLIPPED]), optional(of[LIMITS]), of[SAVED], layout_, strides_, schedule,
-                       settings->is_cumulative ? std::nullopt : std::optional<double>(settings->momentum),
+                       optional(of[CLIPPED]), optional(of[LIMITS]), optional(of[AUTO]), of[SAVED], layout_, strides_,
+                       schedule, settings->is_cumulative ? std::nullopt : std::optional<double>(settings->momentum),
                        settings->eps, activation_, MaybeTensor(), workspace);
     } else {
       torch::jit::push(stack, of[DY], of[X], optional(of[RESIDUAL]), optional(of[BITS]), optional(of[WEIGHT]),

@@ -1,4 +1,4 @@
-// How the loops reach PyTorch's threads, without including any of its headers (see math.h on linkage).
+// How the loops reach PyTorch's threads, without including any of its headers (see values.h on linkage).
 #pragma once
 
 #include <stdint.h>

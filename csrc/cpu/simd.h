@@ -1,5 +1,5 @@
 // Vectors of the instruction set this file is compiled for, and how each dtype gets in and out of them. Everything has
-// internal linkage (see math.h).
+// internal linkage (see values.h).
 #pragma once
 
 #include <stddef.h>

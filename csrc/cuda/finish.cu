@@ -90,9 +90,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 
   const double count = static_cast<double>(a.layout.outer) * (a.layout.channels_last ? 1 : a.layout.inner);
-  const Limits<T> limits = limits_at<T>(a.schedule, a.counter);
-  const Correction<T> it =
-      finish_channel(a, channel, moments_of(count, origin, sums.values[0], sums.values[1]), limits);
+  const Correction<T> it = finish_channel<T>(a, channel, moments_of(count, origin, sums.values[0], sums.values[1]));
   store_coefficients(workspace, channel, it.coefficients);
   workspace.flags[channel] = it.applies || sums.values[2] > 0;
 }

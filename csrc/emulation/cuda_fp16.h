@@ -1,2 +1,2 @@
-// Nothing: without CUDA the kernels convert by math.h.
+// Nothing: without CUDA the kernels convert by values.h.
 #pragma once

@@ -25,9 +25,7 @@ _NOTHING_TO_DO = contextlib.nullcontext()
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def is_fused(
-    x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None, auto: bool = False
-) -> bool:
+def is_fused(x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> bool:
     """Whether the kernels do this call; what they do not is the reference backend's."""
     if x.numel() >= config.MAX_COLUMNS and max(x.shape[1], math.prod(x.shape[2:])) >= config.MAX_COLUMNS:
         return False
