@@ -36,11 +36,11 @@ test-gpu: $(STAMP) $(BUILT) ## run all tests on the GPU
 
 # Python itself is not compiled with it, so AddressSanitizer is loaded before all else, and with it the C++ library, whose
 # `throw` it intercepts.
-sanitize: $(STAMP) ## run the native backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(STAMP) ## run the tests of the native backend and of calls in C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/brn build --sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 BRN_KERNELS_SANITIZE=1 OMP_NUM_THREADS=2 \
-	    $(BIN)/python -m pytest -p no:benchmark -n auto --maxprocesses 8 -k native $(PYTEST_ARGS)
+	    $(BIN)/python -m pytest -p no:benchmark -n auto --maxprocesses 8 -k "native or node" $(PYTEST_ARGS)
 
 # Saved, so that a change can be compared: BENCH_ARGS="--benchmark-compare"
 bench: $(STAMP) $(BUILT) ## the developer's quick check of speed (BENCH_ARGS="--every-layer -k both" selects; `brn bench` is the real one)

@@ -158,14 +158,20 @@ def test_in_place_is_copied_from_the_cache_and_leaves_one_library(csrc):
 
 
 @needs_compiler
-def test_sanitized_libraries_are_kept_apart(csrc):
+def test_sanitized_libraries_are_kept_apart(csrc, monkeypatch):
+    write(csrc, {"autograd/node.cpp": NODE})
     plain = build()
     assert find(sanitize=True) == "not built: run `brn build --sanitize`"
     if shutil.which("g++") and not Path(output("g++", "-print-file-name=libasan.so")).is_absolute():
         pytest.skip("no AddressSanitizer to link with")
     sanitized = build(sanitize=True)
-    assert find(sanitize=True).cpu == sanitized.cpu and find().cpu == plain.cpu != sanitized.cpu
-    with pytest.raises(BuildError, match="for the CPU"):
+    assert sanitized.compiled == ("cpu", "autograd")
+    for found, built in ((find(), plain), (find(sanitize=True), sanitized)):
+        assert (found.cpu, found.autograd) == (built.cpu, built.autograd)
+    assert not {plain.cpu, plain.autograd} & {sanitized.cpu, sanitized.autograd}
+    monkeypatch.setenv("BRN_KERNELS_SANITIZE", "1")
+    assert find().cpu == sanitized.cpu and find(sanitize=False).cpu == plain.cpu
+    with pytest.raises(BuildError, match="not for the CUDA library"):
         build(sanitize=True, cuda=True)
 
 
@@ -369,7 +375,6 @@ def test_autograds_node_is_built_beside_the_kernels(csrc):
     write(csrc, {"autograd/node.cpp": NODE + "int other;\n"})
     assert find().autograd is None and find().cpu == built.cpu
     assert build().compiled == ("autograd",)
-    assert build(sanitize=True).autograd is None
 
 
 @needs_compiler
@@ -413,9 +418,9 @@ def test_autograds_node_for_another_python_stays_beside_it(csrc):
 
 def test_without_pythons_headers_autograds_node_is_left_out(csrc, monkeypatch, tmp_path):
     write(csrc, {"autograd/node.cpp": NODE})
-    assert recipe.can_have_node()
+    assert recipe.can_have_autograd()
     monkeypatch.setattr(recipe.sysconfig, "get_path", lambda _: str(tmp_path))
-    assert not recipe.can_have_node()
+    assert not recipe.can_have_autograd()
 
 
 @needs_compiler

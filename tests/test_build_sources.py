@@ -23,7 +23,7 @@ def test_the_cuda_sources_compile(tmp_path):
 
 
 @needs_compiler
-@pytest.mark.skipif(not recipe.can_have_node(), reason="Python's headers are missing")
+@pytest.mark.skipif(not recipe.can_have_autograd(), reason="Python's headers are missing")
 def test_autograds_node_compiles(tmp_path):
     kit = tools.gather(cuda=False)
     manifest = recipe.manifest("autograd", [], False, kit)

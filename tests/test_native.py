@@ -39,6 +39,7 @@ def threads():
 SHAPES = [
     (40, 3, 50, 50), (1, 3, 130, 129), (2, 1, 200, 190), (16, 64, 28, 28), (3, 65, 12, 11), (33, 24, 7, 7), (5, 130, 9),
     (4, 2100, 3), (70, 4100), (9000, 5), (2, 17, 3, 5, 7), (1, 2, 300, 301), (4, 200, 1, 48), (3, 8, 8), (600, 100),
+    (20, 90, 7, 9), (18, 130, 59),
 ]  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def test_any_call(n, c, spatial, dtype, channels_last, residual, activation, lim
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(16, 40, 30, 30), (9, 24, 5, 5), (8, 7, 90, 90)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 40, 30, 30), (9, 24, 5, 5), (8, 7, 90, 90), (20, 90, 7, 9)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("limits", [(1.3, 0.4), "auto"], ids=str)
 def test_no_bit_depends_on_the_prediction(shape, channels_last, dtype, limits, threads):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 
 import torch
@@ -16,8 +15,6 @@ from .in_cpp import Call, InCpp, NativeKernels
 from .sides import copy_back, dense
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "hardswish": 4}  # csrc/arguments.h
-
-SANITIZE_VARIABLE = "BRN_KERNELS_SANITIZE"  # 1: load the library that `make sanitize` builds
 
 
 def unusable(device_type: str) -> str | None:
@@ -38,7 +35,7 @@ def is_fused(x: Tensor, residual: Tensor | None, mask: Tensor | None, activation
 @functools.cache
 def _load() -> dict[str, str | None]:
     """Load what is built; for each type of device, why it has no kernels."""
-    built = build.find(sanitize=os.environ.get(SANITIZE_VARIABLE) == "1")
+    built = build.find()
     if isinstance(built, str):
         return {"cpu": built, "cuda": built}
     missing: dict[str, str | None] = {"cpu": None, "cuda": None}

@@ -22,6 +22,8 @@ from . import place, recipe, tools
 from .recipe import Manifest
 from .tools import BuildError
 
+SANITIZE_VARIABLE = "BRN_KERNELS_SANITIZE"
+
 __all__ = ["BuildError", "Built", "build", "cache_directory", "find", "packaged_directory"]
 
 
@@ -64,7 +66,7 @@ def build(
         autograd: Whether to compile the module for calls in C++ too, where that can be: it is not worth an error.
         architectures: GPUs to compile for, for example ``["90"]`` (this implies ``cuda``); None:
             ``recipe.ARCHITECTURES``, as far as nvcc knows them.
-        sanitize: With AddressSanitizer and UndefinedBehaviorSanitizer; CPU only.
+        sanitize: With AddressSanitizer and UndefinedBehaviorSanitizer; not the CUDA library.
         directory: Where to, copied from the cache if that has them; others there are removed. None: the cache, unless
             the package has them.
         progress: Called with each line of progress.
@@ -74,13 +76,13 @@ def build(
     """
     start = time.monotonic()
     if sanitize and (cuda or architectures):
-        raise BuildError("the sanitizers are for the CPU library: leave out CUDA")
+        raise BuildError("the sanitizers are not for the CUDA library: leave it out")
     if cuda is None:
         by_default = torch.version.cuda is not None and tools.nvcc() is not None and not sanitize
         cuda = architectures is not None or by_default
     if architectures is not None:
         architectures = tools.in_order(architectures)
-    autograd = autograd and not sanitize and recipe.can_have_node()
+    autograd = autograd and recipe.can_have_autograd()
     wanted = [library for library, asked in (("cpu", True), ("cuda", cuda), ("autograd", autograd)) if asked]
     found = {}
     if directory is None:
@@ -126,11 +128,16 @@ def _compiled(
     return {manifest["library"]: (where / recipe.file_name(manifest), manifest) for manifest in manifests}, compiled
 
 
-def find(sanitize: bool = False) -> Built | str:
+def find(sanitize: bool | None = None) -> Built | str:
     """The libraries to load, or the reason why there are none. Compiles nothing.
 
     What was compiled into the package comes first, then what was last asked for of the cache.
+
+    Args:
+        sanitize: Those with sanitizers; None: if ``$BRN_KERNELS_SANITIZE`` is 1.
     """
+    if sanitize is None:
+        sanitize = os.environ.get(SANITIZE_VARIABLE) == "1"
     directories = [packaged_directory()]
     if recipe.sources() is not None:  # else nothing tells whose sources the cache's libraries were compiled from
         with contextlib.suppress(BuildError):

@@ -41,7 +41,9 @@ EMULATED = (
     *("-DBRN_EMULATED", "-Og", "-Icsrc/emulation", "-Wno-unknown-pragmas", "-Wno-unused"),
     *("-U_FORTIFY_SOURCE",),  # it takes a jump between fibers for a mistake
 )
-AUTOGRAD_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O2")  # PyTorch's whole interface, not the stable one
+AUTOGRAD_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden")  # PyTorch's whole interface, not the stable one
+OPTIMIZED_AUTOGRAD = ("-O2",)
+SANITIZED_AUTOGRAD = (*SANITIZED, "-fno-sanitize=vptr")  # it asks for types that PyTorch keeps to itself
 TORCH_LIBRARIES = ("-ltorch_cpu", "-ltorch", "-lc10")  # no torch_cuda: CPU builds of torch have none to link with
 
 Manifest = dict[str, Any]
@@ -62,7 +64,7 @@ def sources() -> Path | None:
     return next((csrc for csrc in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if (csrc / "ops.cpp").exists()), None)
 
 
-def can_have_node() -> bool:
+def can_have_autograd() -> bool:
     """Whether the ``autograd`` library can be compiled: Python's headers are not everywhere."""
     csrc = sources()
     return (
@@ -75,8 +77,9 @@ def compilations(library: str, csrc: Path, architectures: Sequence[str], sanitiz
     if library == "emulated":
         return _emulated(csrc)
     if library == "autograd":
+        flags = (*AUTOGRAD_FLAGS, *(SANITIZED_AUTOGRAD if sanitize else OPTIMIZED_AUTOGRAD))
         paths = sorted(csrc.glob("autograd/*.cpp"))
-        return [Compilation(f"autograd/{path.name}", f"autograd/{path.stem}.o", AUTOGRAD_FLAGS) for path in paths]
+        return [Compilation(f"autograd/{path.name}", f"autograd/{path.stem}.o", flags) for path in paths]
     return _cuda(csrc, architectures) if library == "cuda" else _cpu(csrc, sanitize)
 
 
@@ -128,7 +131,8 @@ def link_flags(library: str, sanitize: bool) -> tuple[str, ...]:
     if library == "emulated":
         return ("-shared", "-Wl,-Bsymbolic", *TORCH_LIBRARIES)  # its own stream, even where torch has CUDA's
     if library == "autograd":
-        return ("-shared", "-ltorch_python", *TORCH_LIBRARIES)  # Python's own symbols are there when it is loaded
+        # Python's own symbols are there when it is loaded
+        return ("-shared", *(SANITIZED_AUTOGRAD if sanitize else ()), "-ltorch_python", *TORCH_LIBRARIES)
     if sanitize or sys.platform != "linux":
         return ("-shared", *(SANITIZED if sanitize else ()), *TORCH_LIBRARIES)
     return ("-shared", "-Wl,--no-undefined", *TORCH_LIBRARIES)  # better now than when it is loaded

@@ -9,14 +9,13 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <string_view>
 #include <vector>
 
 namespace brn {
 
 using at::Tensor;
 
-// The tensors of a call, by the names that Triton's kernels have for them.
+// The tensors of a call.
 enum Slot : size_t {
   X,
   RESIDUAL,
@@ -40,10 +39,6 @@ enum Slot : size_t {
   TICKETS,
   SLOTS,
 };
-constexpr std::array<std::string_view, SLOTS> slot_names = {
-    "x",           "residual",  "y",       "bits",   "weight",    "bias",   "running_mean",
-    "running_var", "clipped",   "counter", "limits", "auto",      "saved",  "dy",
-    "dx",          "dresidual", "dweight", "dbias",  "workspace", "tickets"};
 
 // Those that are absent are undefined.
 struct Tensors {

@@ -15,6 +15,7 @@
 #include <limits>
 #include <mutex>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <variant>
 
@@ -68,17 +69,38 @@ Source source_of(const std::string& name, PyObject* value) {
     return static_cast<int32_t>(integer);
   }
   TORCH_CHECK(value == Py_None, name, ": expected a number or None");
-  const std::pair<const char*, Source> settings[] = {{"r_max", &Settings::r_max},       {"d_max", &Settings::d_max},
-                                                     {"momentum", &Settings::momentum}, {"eps", &Settings::eps},
-                                                     {"hold", &Settings::hold},         {"r_ramp", &Settings::r_ramp},
-                                                     {"d_ramp", &Settings::d_ramp}};
-  for (const auto& [its_name, source] : settings) {
-    if (name == its_name) return source;
-  }
-  for (size_t slot = 0; slot < SLOTS; ++slot) {
-    if (slot_names[slot] == name) return static_cast<Slot>(slot);
-  }
-  TORCH_CHECK(false, name, ": no call has that");
+  static const std::unordered_map<std::string, Source> sources = {
+      {"x", X},
+      {"residual", RESIDUAL},
+      {"y", Y},
+      {"bits", BITS},
+      {"weight", WEIGHT},
+      {"bias", BIAS},
+      {"running_mean", RUNNING_MEAN},
+      {"running_var", RUNNING_VAR},
+      {"clipped", CLIPPED},
+      {"counter", COUNTER},
+      {"limits", LIMITS},
+      {"auto", AUTO},
+      {"saved", SAVED},
+      {"dy", DY},
+      {"dx", DX},
+      {"dresidual", DRESIDUAL},
+      {"dweight", DWEIGHT},
+      {"dbias", DBIAS},
+      {"workspace", WORKSPACE},
+      {"tickets", TICKETS},
+      {"r_max", &Settings::r_max},
+      {"d_max", &Settings::d_max},
+      {"momentum", &Settings::momentum},
+      {"eps", &Settings::eps},
+      {"hold", &Settings::hold},
+      {"r_ramp", &Settings::r_ramp},
+      {"d_ramp", &Settings::d_ramp},
+  };
+  const auto found = sources.find(name);
+  TORCH_CHECK(found != sources.end(), name, ": no call has that");
+  return found->second;
 }
 
 union Value {

@@ -2,7 +2,7 @@
 // of channels, an item a row, and there is one sum and one coefficient for each column.
 #pragma once
 
-#include "grid.h"
+#include "plane_bits.h"
 
 namespace brn {
 namespace {
@@ -60,9 +60,10 @@ class ForwardColumns {
     zero(columns[kS1], width);
     zero(columns[kS2], width);
     const Scratch<bool> writes(width / kGroup<A> + 1);
+    const PlaneBits bits(grid_, unit, a_.bits);
     if (mark_groups(unit, true, writes)) expand_coefficients(unit, columns);
     for_rows(grid_, unit, first, end, kRowsOfSums, [&](int64_t row, int64_t rows, int64_t row_width) {
-      pass<true>(unit, row, rows, row_width, columns, writes);
+      pass<true>(unit, row, rows, row_width, columns, bits, writes);
     });
     grid_.collapse(unit, columns[kS1]);
     grid_.collapse(unit, columns[kS2]);
@@ -95,12 +96,13 @@ class ForwardColumns {
     const int64_t width = grid_.width(unit);
     const ColumnScratch<A, 6> columns(width);
     const Scratch<bool> writes(width / kGroup<A> + 1);
+    const PlaneBits bits(grid_, unit, a_.bits);
     mark_groups(unit, false, writes);
     expand_coefficients(unit, columns);
     for_chunks_backwards(first, end, width, [&](int64_t begin_row, int64_t end_row) {
       for_rows(grid_, unit, begin_row, end_row, past_cache_ ? 1 : kRowsWritten,
                [&](int64_t row, int64_t rows, int64_t row_width) {
-                 pass<false>(unit, row, rows, row_width, columns, writes);
+                 pass<false>(unit, row, rows, row_width, columns, bits, writes);
                });
     });
   }
@@ -157,11 +159,11 @@ class ForwardColumns {
   // A few rows: x into the sums of their columns, if GATHER; and y, in the groups marked.
   template <bool GATHER>
   void pass(int64_t unit, int64_t row, int64_t rows, int64_t width, const ColumnScratch<A, 6>& columns,
-            const bool* writes) const {
+            const PlaneBits& plane_bits, const bool* writes) const {
     const Rows of = {grid_, unit, row};
     const auto x = of.template at<const S>(a_.x), residual = of.template at<const S>(a_.residual);
     const auto y = of.template at<S>(a_.y);
-    const auto bits = of.bits(a_.bits);
+    const auto bits = plane_bits.of(a_.bits, row);
     for_each_group<A>(width, [&](auto size, int64_t j, int64_t n) BRN_LAMBDA {
       const Group<A> origin = load(Whole{}, columns[kOrigin] + j, n);
       const GroupCoefficients<A> c = {load(Whole{}, columns[kPivot] + j, n), load(Whole{}, columns[kScale] + j, n),
@@ -188,6 +190,8 @@ class ForwardColumns {
       }
       if constexpr (GATHER) add(columns[kS1] + j, columns[kS2] + j, sums);
     });
+    const int64_t begin = unit * plan_.channels;
+    plane_bits.part(a_.bits, row, rows, [&](int64_t i) { return written_[begin + i] == GATHER; });
   }
 
   const ForwardArguments& a_;
@@ -229,8 +233,10 @@ class BackwardColumns {
     expand_argument(unit, columns);
     zero(columns[kS1], width);
     zero(columns[kS2], width);
-    for_rows(grid_, unit, first, end, kRowsOfSums,
-             [&](int64_t row, int64_t rows, int64_t row_width) { pass<false>(unit, row, rows, row_width, columns); });
+    const PlaneBits bits(grid_, unit, a_.bits);
+    for_rows(grid_, unit, first, end, kRowsOfSums, [&](int64_t row, int64_t rows, int64_t row_width) {
+      pass<false>(unit, row, rows, row_width, columns, bits);
+    });
     grid_.collapse(unit, columns[kS1]);
     grid_.collapse(unit, columns[kS2]);
     for (int64_t i = 0; i < count; ++i) {
@@ -258,9 +264,11 @@ class BackwardColumns {
     expand(unit, columns[kOfG], &BackwardCoefficients<A>::dx_of_g);
     expand(unit, columns[kOfX], &BackwardCoefficients<A>::dx_of_x);
     expand(unit, columns[kDxShift], &BackwardCoefficients<A>::dx_shift);
+    const PlaneBits bits(grid_, unit, a_.bits);
     for_chunks_backwards(first, end, grid_.width(unit), [&](int64_t begin_row, int64_t end_row) {
-      for_rows(grid_, unit, begin_row, end_row, past_cache_ ? 1 : kRowsWritten,
-               [&](int64_t row, int64_t rows, int64_t row_width) { pass<true>(unit, row, rows, row_width, columns); });
+      for_rows(
+          grid_, unit, begin_row, end_row, past_cache_ ? 1 : kRowsWritten,
+          [&](int64_t row, int64_t rows, int64_t row_width) { pass<true>(unit, row, rows, row_width, columns, bits); });
     });
   }
 
@@ -278,22 +286,25 @@ class BackwardColumns {
   }
 
   template <bool APPLY>
-  void pass(int64_t unit, int64_t row, int64_t rows, int64_t width, const ColumnScratch<A, 6>& columns) const {
+  void pass(int64_t unit, int64_t row, int64_t rows, int64_t width, const ColumnScratch<A, 6>& columns,
+            const PlaneBits& plane_bits) const {
+    plane_bits.join(a_.bits, row, rows);
     const bool only_dx = a_.dx.data != nullptr && a_.dresidual.data == nullptr;
     if (a_.residual.data != nullptr || a_.bits != nullptr || (APPLY && !only_dx)) {
-      pass<APPLY, true>(unit, row, rows, width, columns);
+      pass<APPLY, true>(unit, row, rows, width, columns, plane_bits);
     } else {
-      pass<APPLY, false>(unit, row, rows, width, columns);
+      pass<APPLY, false>(unit, row, rows, width, columns, plane_bits);
     }
   }
 
   template <bool APPLY, bool EXTRAS>
-  void pass(int64_t unit, int64_t row, int64_t rows, int64_t width, const ColumnScratch<A, 6>& columns) const {
+  void pass(int64_t unit, int64_t row, int64_t rows, int64_t width, const ColumnScratch<A, 6>& columns,
+            const PlaneBits& plane_bits) const {
     const Rows of = {grid_, unit, row};
     const auto dy = of.template at<const S>(a_.dy), x = of.template at<const S>(a_.x);
     const auto residual = of.template at<const S>(a_.residual);
     const auto dx = of.template at<S>(a_.dx), dresidual = of.template at<S>(a_.dresidual);
-    const auto bits = of.bits(a_.bits);
+    const auto bits = plane_bits.of(a_.bits, row);
     for_each_group<A>(width, [&](auto size, int64_t j, int64_t n) BRN_LAMBDA {
       const Group<A> mean = load(Whole{}, columns[kMean] + j, n), z_scale = load(Whole{}, columns[kZScale] + j, n);
       const Group<A> z_shift = load(Whole{}, columns[kZShift] + j, n);

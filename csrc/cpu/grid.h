@@ -23,7 +23,8 @@ struct Grid {
   int64_t repeat;  // columns of a channel in a row: positions of a plane, or positions side by side in channels_last
   int64_t rows, last_row_repeat;  // the last row may be shorter
   int64_t row_stride;             // 0: that of the tensor
-  int64_t row_bytes;              // of packed bits
+  int64_t row_bytes;              // of packed bits, unless each plane's begin with a byte of their own:
+  bool bits_apart;                // see plane_bits.h
 
   int64_t width(int64_t unit) const { return least(unit_channels, channels - unit * unit_channels) * repeat; }
   // Values of one channel in rows [first, end).
@@ -123,13 +124,15 @@ inline __attribute__((always_inline)) bool is_dense(const Layout& layout, const 
 // Whether a call is better seen by columns, and how.
 inline __attribute__((always_inline)) bool grid_of(const Layout& layout, bool all_dense, bool bits, Grid& grid) {
   const bool narrow = layout.inner < (layout.channels_last ? kNarrowRow : kNarrowPlane);
-  const bool joins = narrow && all_dense && (!bits || layout.inner % 8 == 0);  // joined rows share bytes of bits
+  const bool whole_bytes = !bits || layout.inner % 8 == 0;
+  const bool joins = narrow && all_dense && (whole_bytes || !layout.channels_last);
   grid.channels = layout.channels;
   grid.repeat = grid.last_row_repeat = 1;
   grid.rows = layout.outer;
   grid.row_stride = 0;
   grid.row_bytes = (layout.inner + 7) / 8;
   grid.planes = !layout.channels_last;
+  grid.bits_apart = grid.planes && !whole_bytes;
   if (grid.planes) {
     if (!joins) return false;
     grid.repeat = grid.last_row_repeat = layout.inner;

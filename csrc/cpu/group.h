@@ -244,19 +244,45 @@ BRN_INLINE GroupMask<A> mask_of_bits(uint64_t bits) {
   return {words(0) != zero, words(step) != zero, words(2 * step) != zero, words(3 * step) != zero};
 }
 
+// The first n bytes of a word, 1 to 8, from and to memory: two accesses that overlap, where a call of memcpy would cost
+// more than what is done with it.
+template <typename Part>
+BRN_INLINE uint64_t load_ends(const uint8_t* p, int64_t n) {
+  Part low, high;
+  memcpy(&low, p, sizeof low);
+  memcpy(&high, p + n - sizeof high, sizeof high);
+  return low | static_cast<uint64_t>(high) << 8 * (n - static_cast<int64_t>(sizeof high));
+}
+
+template <typename Part>
+BRN_INLINE void store_ends(uint8_t* p, uint64_t word, int64_t n) {
+  const Part low = static_cast<Part>(word);
+  const Part high = static_cast<Part>(word >> 8 * (n - static_cast<int64_t>(sizeof high)));
+  memcpy(p, &low, sizeof low);
+  memcpy(p + n - sizeof high, &high, sizeof high);
+}
+
+BRN_INLINE uint64_t load_bytes(const uint8_t* p, int64_t n) {
+  return n >= 4 ? load_ends<uint32_t>(p, n) : n >= 2 ? load_ends<uint16_t>(p, n) : *p;
+}
+
+BRN_INLINE void store_bytes(uint8_t* p, uint64_t word, int64_t n) {
+  if (n >= 4) return store_ends<uint32_t>(p, word, n);
+  if (n >= 2) return store_ends<uint16_t>(p, word, n);
+  *p = static_cast<uint8_t>(word);
+}
+
 // Packed bits of the first n lanes (n == kGroup where Whole); bits beyond them in the last byte are 0.
 template <typename A>
 BRN_INLINE void store_bits(uint8_t* p, const GroupMask<A>& m, int64_t n) {
   uint64_t bits = group_bits(m);
   if (n < 64) bits &= (uint64_t{1} << n) - 1;
-  memcpy(p, &bits, static_cast<size_t>((n + 7) / 8));
+  store_bytes(p, bits, (n + 7) / 8);
 }
 
 template <typename A>
 BRN_INLINE GroupMask<A> load_bits(const uint8_t* p, int64_t n) {
-  uint64_t bits = 0;
-  memcpy(&bits, p, static_cast<size_t>((n + 7) / 8));
-  return mask_of_bits<A>(bits);
+  return mask_of_bits<A>(load_bytes(p, (n + 7) / 8));
 }
 
 }  // namespace

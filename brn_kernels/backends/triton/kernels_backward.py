@@ -38,8 +38,8 @@ from .kernels_common import (
     unpack,
 )
 
-COEFFICIENT_ROWS = 2
-PARTIAL_ROWS = 2
+COEFFICIENT_ROWS = tl.constexpr(2)
+PARTIAL_ROWS = tl.constexpr(2)
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def reduce_kernel(
     bundles = tl.cdiv(splits, bundle)
     p_tickets = tickets_ptr + tile * tl.where(bundles > 1, bundles + 1, 1)
     mine, between = split // bundle, (splits + bundles) * padded
-    p_partials = workspace_ptr + 2 * padded + o_channels
+    p_partials = workspace_ptr + COEFFICIENT_ROWS * padded + o_channels
     put(p_partials + split * padded, between, s1, s2)
     in_mine = tl.minimum(bundle, splits - mine * bundle)
     is_last = arrive(p_tickets + mine, in_mine)

@@ -39,8 +39,8 @@ from .kernels_common import (
 from .kernels_limits import limits_now
 from .kernels_statistics import about_mean, affine_of, finish, merge, merge_planes, put
 
-COEFFICIENT_ROWS = 4
-PARTIAL_ROWS = 3
+COEFFICIENT_ROWS = tl.constexpr(4)
+PARTIAL_ROWS = tl.constexpr(3)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -158,7 +158,7 @@ def stream_kernel(
         bundles = tl.cdiv(splits, bundle)
         p_tickets = tickets_ptr + tile * tl.where(bundles > 1, bundles + 1, 1)
         mine, between = split // bundle, (splits + bundles) * padded
-        p_partials = workspace_ptr + 4 * padded + o_channels
+        p_partials = workspace_ptr + COEFFICIENT_ROWS * padded + o_channels
         put(p_partials + split * padded, between, tl.where(predicted != 0, b_count, -b_count), mean, m2)
         in_mine = tl.minimum(bundle, splits - mine * bundle)
         is_last = arrive(p_tickets + mine, in_mine)

@@ -279,7 +279,7 @@ def _plan(
             sums["ALONE"] = launch.alone
     integers = (*geometry, *(stride // launch.vector for stride in strides))
     values = shape.outer * (1 if shape.channels_last else shape.inner)
-    rows = kernels.COEFFICIENT_ROWS + kernels.PARTIAL_ROWS * (launch.splits + bundles)
+    rows = kernels.COEFFICIENT_ROWS.value + kernels.PARTIAL_ROWS.value * (launch.splits + bundles)
     steps = _steps(direction, launch, writes, Constants(**tile, **sums), Constants(**tile))
     shares = "workspace" in steps[0].pointers and (is_backward or not launch.alone)
     return Plan(
@@ -320,7 +320,7 @@ def forget() -> None:
 
 def _coefficients(workspace: Tensor, launch: Launch) -> Tensor:
     """The rows of a forward's workspace that the repair reads: pivot, scale, shift, and what is to be repaired."""
-    rows = kernels_forward.COEFFICIENT_ROWS
+    rows = kernels_forward.COEFFICIENT_ROWS.value
     return workspace[: rows * launch.padded_channels].view(rows, launch.padded_channels)
 
 
