@@ -26,6 +26,7 @@ def csrc(tmp_path, monkeypatch):
     write(checkout / "csrc", STAND_INS)
     monkeypatch.setattr(recipe, "PACKAGE", checkout / "brn_kernels")
     monkeypatch.setenv("BRN_KERNELS_CACHE", str(checkout / "the cache"))
+    monkeypatch.delenv("BRN_KERNELS_SANITIZE", raising=False)
     return checkout / "csrc"
 
 
