@@ -33,8 +33,13 @@ BRN_INLINE T row(const ForwardArguments& a, int64_t channel, int64_t row) {
 }
 
 template <typename T>
+BRN_INLINE bool are_believed(const ForwardArguments& a, int64_t channel) {
+  return row<T>(a, channel, kCount) >= static_cast<T>(kMinBatches);
+}
+
+template <typename T>
 BRN_INLINE Limits<T> limits(const ForwardArguments& a, int64_t channel) {
-  if (row<T>(a, channel, kCount) < static_cast<T>(kMinBatches)) return {1, 0};
+  if (!are_believed<T>(a, channel)) return {1, 0};
   const T widths = static_cast<T>(kNoiseWidths);
   return {exp(widths * sqrt(row<T>(a, channel, kNoiseR))), widths * sqrt(row<T>(a, channel, kNoiseD))};
 }
@@ -78,17 +83,29 @@ BRN_INLINE void observe(const ForwardArguments& a, int64_t channel, T batch_mean
 
 }  // namespace automatic
 
-// Those in force for a channel; *a.counter and the state of automatic ones are not moved yet.
+// Those of all channels, unless they are automatic; *a.counter is not moved yet.
 template <typename T>
-BRN_INLINE Limits<T> limits_at(const ForwardArguments& a, int64_t channel) {
+BRN_INLINE Limits<T> limits_of_all(const ForwardArguments& a) {
   const Schedule& schedule = a.schedule;
-  if (schedule.automatic.data != nullptr) return automatic::limits<T>(a, channel);
   if (schedule.given.data != nullptr) {
     return {value_at<T>(schedule.given, 0, 1), value_at<T>(schedule.given, 1, 0)};
   }
   const int64_t since = (a.counter == nullptr ? 0 : *a.counter) - schedule.hold;
   return {ramp_at<T>(since, 1, static_cast<T>(schedule.r_max), schedule.r_ramp),
           ramp_at<T>(since, 0, static_cast<T>(schedule.d_max), schedule.d_ramp)};
+}
+
+// Those in force for a channel; the state of automatic ones is not moved yet.
+template <typename T>
+BRN_INLINE Limits<T> limits_of(const ForwardArguments& a, int64_t channel, const Limits<T>& of_all) {
+  return a.schedule.automatic.data != nullptr ? automatic::limits<T>(a, channel) : of_all;
+}
+
+// Whether these are open.
+template <typename T>
+BRN_INLINE bool are_open(const ForwardArguments& a, int64_t channel, const Limits<T>& of_all) {
+  if (a.schedule.automatic.data != nullptr) return automatic::are_believed<T>(a, channel);  // noise is hardly ever 0
+  return of_all.r_max > 1 && of_all.d_max > 0;
 }
 
 }  // namespace

@@ -87,9 +87,10 @@ BRN_INLINE T momentum_at(const ForwardArguments& a) {
 }
 
 // Everything that follows from a channel's moments: r, d, what the backward needs, the running statistics (moved), the
-// clipped flag, the state of automatic limits. *a.counter is not moved yet.
+// clipped flag, the state of automatic limits. `limits` are limits_of_all; *a.counter is not moved yet.
 template <typename T>
-BRN_INLINE Correction<T> finish_channel(const ForwardArguments& a, int64_t channel, const Moments& moments) {
+BRN_INLINE Correction<T> finish_channel(const ForwardArguments& a, int64_t channel, const Moments& moments,
+                                        const Limits<T>& limits) {
   const T gamma = value_at<T>(a.weight, channel, 1), beta = value_at<T>(a.bias, channel, 0);
   const T batch_mean = static_cast<T>(moments.mean), batch_var = static_cast<T>(moments.m2 / moments.count);
   const T eps = static_cast<T>(a.eps);
@@ -99,7 +100,7 @@ BRN_INLINE Correction<T> finish_channel(const ForwardArguments& a, int64_t chann
   } else {
     const T running_mean = value_at<T>(a.running_mean, channel, 0),
             running_var = value_at<T>(a.running_var, channel, 1);
-    it = correction(batch_mean, batch_var, running_mean, running_var, limits_at<T>(a, channel), gamma, beta, eps);
+    it = correction(batch_mean, batch_var, running_mean, running_var, limits_of(a, channel, limits), gamma, beta, eps);
     if (moments.count >= 2) {  // one value says nothing about a variance
       if (a.schedule.automatic.data != nullptr) {
         automatic::observe(a, channel, batch_mean, batch_var, running_var, eps);
@@ -134,12 +135,10 @@ BRN_INLINE Coefficients<T> given_coefficients(const ForwardArguments& a, int64_t
 }
 
 // Whether y of a channel is written before its batch statistics are known: it is, if the limits are open and the
-// channel was not clipped at the last step.
+// channel was not clipped at the last step. `limits` are limits_of_all.
 template <typename T>
-BRN_INLINE bool predicted_unclipped(const ForwardArguments& a, int64_t channel) {
-  if (a.running_mean.data == nullptr) return false;
-  const Limits<T> limits = limits_at<T>(a, channel);
-  if (!(limits.r_max > 1 && limits.d_max > 0)) return false;
+BRN_INLINE bool predicted_unclipped(const ForwardArguments& a, int64_t channel, const Limits<T>& limits) {
+  if (a.running_mean.data == nullptr || !are_open(a, channel, limits)) return false;
   return a.clipped == nullptr || !a.clipped[channel];
 }
 

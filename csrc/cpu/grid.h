@@ -121,11 +121,14 @@ inline __attribute__((always_inline)) bool is_dense(const Layout& layout, const 
   return side.channel_stride == layout.inner;
 }
 
-// Whether a call is better seen by columns, and how.
-inline __attribute__((always_inline)) bool grid_of(const Layout& layout, bool all_dense, bool bits, Grid& grid) {
+// Whether a call is better seen by columns, and how. `worth`: planes whose bits are no whole bytes are joined from a
+// worth-th of as many rows on as a plane has positions: what is done for each column must pay.
+inline __attribute__((always_inline)) bool grid_of(const Layout& layout, bool all_dense, bool bits, int64_t worth,
+                                                   Grid& grid) {
   const bool narrow = layout.inner < (layout.channels_last ? kNarrowRow : kNarrowPlane);
   const bool whole_bytes = !bits || layout.inner % 8 == 0;
-  const bool joins = narrow && all_dense && (whole_bytes || !layout.channels_last);
+  const bool may_join = whole_bytes || (!layout.channels_last && layout.outer * worth >= layout.inner);
+  const bool joins = narrow && all_dense && may_join;
   grid.channels = layout.channels;
   grid.repeat = grid.last_row_repeat = 1;
   grid.rows = layout.outer;

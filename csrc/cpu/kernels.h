@@ -57,7 +57,8 @@ BRN_INLINE void run_call(const Arguments& arguments, bool all_dense, const Paral
       using S = decltype(element);
       constexpr Activation kActivation = decltype(activation)::value;
       Grid grid;
-      if (grid_of(arguments.layout, all_dense, arguments.bits != nullptr, grid)) {
+      if (grid_of(arguments.layout, all_dense, arguments.bits != nullptr, Columns<S, kActivation>::kWorthJoining,
+                  grid)) {
         Columns<S, kActivation> task(arguments, grid, parallel);
         run_passes(task.plan(), task, parallel);
       } else {

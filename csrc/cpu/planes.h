@@ -55,13 +55,14 @@ class ForwardPlanes {
   ForwardPlanes(const ForwardArguments& arguments, const Parallel& parallel)
       : a_(arguments),
         pieces_(arguments.layout),
+        limits_(limits_of_all<A>(arguments)),
         plan_(pieces_.plan(2, sizeof(S), parallel)),
         past_cache_(goes_past_cache(parallel, arguments.layout, sizeof(S))),
         partials_(plan_.units * plan_.splits),
         coefficients_(plan_.units),
         written_(plan_.units) {
     for (int64_t channel = 0; channel < plan_.units; ++channel) {
-      written_[channel] = predicted_unclipped<A>(a_, channel);
+      written_[channel] = predicted_unclipped(a_, channel, limits_);
       if (a_.given) coefficients_[channel] = given_coefficients<A>(a_, channel);
     }
   }
@@ -99,7 +100,7 @@ class ForwardPlanes {
       const Moments* partials = partials_ + channel * plan_.splits;
       Moments moments = partials[0];
       for (int64_t split = 1; split < plan_.splits; ++split) moments = merged(moments, partials[split]);
-      const Correction<A> correction = finish_channel<A>(a_, channel, moments);
+      const Correction<A> correction = finish_channel(a_, channel, moments, limits_);
       coefficients_[channel] = correction.coefficients;
       written_[channel] = written_[channel] && !correction.applies;
     }
@@ -152,6 +153,7 @@ class ForwardPlanes {
 
   const ForwardArguments& a_;
   const Pieces pieces_;
+  const Limits<A> limits_;
   const Plan plan_;
   const bool past_cache_;
   Scratch<Moments> partials_;

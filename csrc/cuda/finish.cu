@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 
   const double count = static_cast<double>(a.layout.outer) * (a.layout.channels_last ? 1 : a.layout.inner);
-  const Correction<T> it = finish_channel<T>(a, channel, moments_of(count, origin, sums.values[0], sums.values[1]));
+  const Correction<T> it =
+      finish_channel(a, channel, moments_of(count, origin, sums.values[0], sums.values[1]), limits_of_all<T>(a));
   store_coefficients(workspace, channel, it.coefficients);
   workspace.flags[channel] = it.applies || sums.values[2] > 0;
 }

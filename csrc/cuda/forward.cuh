@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int64_t own_channel = walk.tile_channel() + thread;
 
   if (thread < geometry.tile_channels) {
-    predicted[thread] = own_channel >= a.layout.channels || predicted_unclipped<T>(a, own_channel);
+    predicted[thread] = own_channel >= a.layout.channels || predicted_unclipped(a, own_channel, limits_of_all<T>(a));
     predictions[thread] = {0, 0, 0};
     if (own_channel < a.layout.channels && predicted[thread]) {
       predictions[thread] = predicted_coefficients<T>(a, own_channel);
