@@ -61,7 +61,7 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--arch", nargs="+", metavar="NUMBER", help="GPU architectures, for example: --arch 80 90")
     parser.add_argument("--in-place", action="store_true", help="into the package's own folder, not into the cache")
-    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan (not the CUDA library)")
+    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan (not for GPUs)")
     parser.set_defaults(run=_build)
 
 
