@@ -36,7 +36,7 @@ test-gpu: $(STAMP) $(BUILT) ## run all tests on the GPU
 
 # Python itself is not compiled with it, so AddressSanitizer is loaded before all else, and with it the C++ library, whose
 # `throw` it intercepts.
-sanitize: $(STAMP) ## run the tests of the native backend and of calls in C++ under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(STAMP) ## run the tests of native loops and calls in C++ under AddressSanitizer and UBSan
 	$(BIN)/brn build --sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 BRN_KERNELS_SANITIZE=1 OMP_NUM_THREADS=2 \

@@ -63,7 +63,7 @@ class ForwardColumns {
     zero(columns[kS1], width);
     zero(columns[kS2], width);
     const Scratch<bool> writes(width / kGroup<A> + 1);
-    const PlaneBits bits(grid_, unit, a_.bits);
+    const PlaneBits bits(grid_, unit);
     if (mark_groups(unit, true, writes)) expand_coefficients(unit, columns);
     for_rows(grid_, unit, first, end, kRowsOfSums, [&](int64_t row, int64_t rows, int64_t row_width) {
       pass<true>(unit, row, rows, row_width, columns, bits, writes);
@@ -99,7 +99,7 @@ class ForwardColumns {
     const int64_t width = grid_.width(unit);
     const ColumnScratch<A, 6> columns(width);
     const Scratch<bool> writes(width / kGroup<A> + 1);
-    const PlaneBits bits(grid_, unit, a_.bits);
+    const PlaneBits bits(grid_, unit);
     mark_groups(unit, false, writes);
     expand_coefficients(unit, columns);
     for_chunks_backwards(first, end, width, [&](int64_t begin_row, int64_t end_row) {
@@ -239,7 +239,7 @@ class BackwardColumns {
     expand_argument(unit, columns);
     zero(columns[kS1], width);
     zero(columns[kS2], width);
-    const PlaneBits bits(grid_, unit, a_.bits);
+    const PlaneBits bits(grid_, unit);
     for_rows(grid_, unit, first, end, kRowsOfSums, [&](int64_t row, int64_t rows, int64_t row_width) {
       pass<false>(unit, row, rows, row_width, columns, bits);
     });
@@ -270,7 +270,7 @@ class BackwardColumns {
     expand(unit, columns[kOfG], &BackwardCoefficients<A>::dx_of_g);
     expand(unit, columns[kOfX], &BackwardCoefficients<A>::dx_of_x);
     expand(unit, columns[kDxShift], &BackwardCoefficients<A>::dx_shift);
-    const PlaneBits bits(grid_, unit, a_.bits);
+    const PlaneBits bits(grid_, unit);
     for_chunks_backwards(first, end, grid_.width(unit), [&](int64_t begin_row, int64_t end_row) {
       for_rows(
           grid_, unit, begin_row, end_row, past_cache_ ? 1 : kRowsWritten,

@@ -23,8 +23,8 @@ struct Grid {
   int64_t repeat;  // columns of a channel in a row: positions of a plane, or positions side by side in channels_last
   int64_t rows, last_row_repeat;  // the last row may be shorter
   int64_t row_stride;             // 0: that of the tensor
-  int64_t row_bytes;              // of packed bits, unless each plane's begin with a byte of their own:
-  bool bits_apart;                // see plane_bits.h
+  int64_t row_bytes;              // of packed bits, unless
+  bool bits_apart;                // there are some, and each plane's begin with a byte of their own (plane_bits.h)
 
   int64_t width(int64_t unit) const { return least(unit_channels, channels - unit * unit_channels) * repeat; }
   // Values of one channel in rows [first, end).

@@ -86,6 +86,8 @@ BRN_INLINE double total(const Group<A>& x) {
   return sum;
 }
 
+BRN_INLINE uint64_t lowest_bits(int64_t n) { return n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0}; }
+
 // Whether a group is whole, or only its first n lanes exist in memory: known when compiled.
 struct Whole {};
 struct Partial {};
@@ -142,8 +144,6 @@ BRN_INLINE void store_lanes(S* p, Vector<float> v, uint64_t lanes) {
   store_vector(static_cast<S*>(buffer), v);
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(lanes), _mm256_loadu_si256(reinterpret_cast<__m256i*>(buffer)));
 }
-
-BRN_INLINE uint64_t lowest_bits(int64_t n) { return n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0}; }
 
 // Lanes beyond n are 0.
 template <typename S>
@@ -275,9 +275,7 @@ BRN_INLINE void store_bytes(uint8_t* p, uint64_t word, int64_t n) {
 // Packed bits of the first n lanes (n == kGroup where Whole); bits beyond them in the last byte are 0.
 template <typename A>
 BRN_INLINE void store_bits(uint8_t* p, const GroupMask<A>& m, int64_t n) {
-  uint64_t bits = group_bits(m);
-  if (n < 64) bits &= (uint64_t{1} << n) - 1;
-  store_bytes(p, bits, (n + 7) / 8);
+  store_bytes(p, group_bits(m) & lowest_bits(n), (n + 7) / 8);
 }
 
 template <typename A>

@@ -46,8 +46,8 @@ inline __attribute__((always_inline)) bool goes_past_cache(const Parallel& paral
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(aligned_alloc(64, bytes(count)))) {
-    if (data_ == nullptr) abort();  // some values for each channel, no more
+  explicit Scratch(int64_t count) : data_(count == 0 ? nullptr : static_cast<T*>(aligned_alloc(64, bytes(count)))) {
+    if (data_ == nullptr && count > 0) abort();  // some values for each channel, no more
   }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;

@@ -7,35 +7,31 @@
 namespace brn {
 namespace {
 
-// The lowest `count` bits, less than 64.
-BRN_INLINE uint64_t lowest(int64_t count) { return (uint64_t{1} << count) - 1; }
-
 class PlaneBits {
  public:
-  // Of the planes of a unit; `bits` is null, or that of the call.
-  template <typename Byte>
-  PlaneBits(const Grid& grid, int64_t unit, Byte* bits)
+  // Of the planes of a unit. Does nothing where the bits of planes are not apart.
+  PlaneBits(const Grid& grid, int64_t unit)
       : grid_(grid),
         unit_(unit),
         planes_(least(grid.unit_channels, grid.channels - unit * grid.unit_channels)),
-        joined_(bits != nullptr && grid.bits_apart ? kRowsOfSums * stride() : 0) {}
+        joined_(grid.bits_apart ? kRowsOfSums * stride() : 0) {}
 
   // The bits of rows from `row` on, as the loops see them.
   template <typename Byte>
   BitRowPointer<Byte> of(Byte* bits, int64_t row) const {
-    if (bits == nullptr || !grid_.bits_apart) return Rows{grid_, unit_, row}.bits(bits);
+    if (!grid_.bits_apart) return Rows{grid_, unit_, row}.bits(bits);
     return {joined_, stride()};
   }
 
   // Before rows are read: from memory into the buffer.
   void join(const uint8_t* bits, int64_t row, int64_t rows) const {
-    if (bits == nullptr || !grid_.bits_apart) return;
+    if (!grid_.bits_apart) return;
     for (int64_t r = 0; r < rows; ++r) {
       uint8_t* out = joined_ + r * stride();
       uint64_t word = 0;
       int64_t filled = 0;  // bits of the word
       for (int64_t i = 0; i < planes_; ++i) {
-        const uint64_t plane = load_bytes(bits + plane_at(row + r, i), plane_bytes()) & lowest(grid_.repeat);
+        const uint64_t plane = load_bytes(bits + plane_at(row + r, i), plane_bytes()) & lowest_bits(grid_.repeat);
         word |= plane << filled;
         filled += grid_.repeat;
         if (filled < 64) continue;
@@ -51,7 +47,7 @@ class PlaneBits {
   // After rows were written: from the buffer into memory, those of the channels that `wanted(i)` picks of the unit.
   template <typename Wanted>
   void part(uint8_t* bits, int64_t row, int64_t rows, Wanted&& wanted) const {
-    if (bits == nullptr || !grid_.bits_apart) return;
+    if (!grid_.bits_apart) return;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < planes_; ++i) {
         if (!wanted(i)) continue;
@@ -59,7 +55,7 @@ class PlaneBits {
         uint64_t words[2];
         memcpy(words, joined_ + r * stride() + first / 8, sizeof words);
         const uint64_t beyond = shift == 0 ? 0 : words[1] << (64 - shift);
-        const uint64_t plane = (words[0] >> shift | beyond) & lowest(grid_.repeat);
+        const uint64_t plane = (words[0] >> shift | beyond) & lowest_bits(grid_.repeat);
         store_bytes(bits + plane_at(row + r, i), plane, plane_bytes());
       }
     }
