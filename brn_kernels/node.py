@@ -7,42 +7,22 @@ layer's kernels, and PyTorch runs a GPU's backwards in a thread of their own (``
 from __future__ import annotations
 
 import functools
-import importlib.machinery
-import importlib.util
-import logging
 from typing import Any
 
-from . import backends, build, observe
+from . import observe
 from .autograd import gradients
 from .backends import layout, reference
-from .backends.in_cpp import Call, whose
-
-logger = logging.getLogger("brn_kernels")
-
-MOST_PLANS = 4096  # of a backend; C++ frees none. Calls of further kinds are Python's.
+from .backends.in_cpp import BackwardCall, Call, whose
+from .cpp import MOST_KINDS, backward_of, forward_of, module, shape_of_bits
 
 _plans: dict[str, Any] = {}  # by the name of a backend
-
-
-@functools.cache
-def module() -> Any:
-    """The compiled module, or None."""
-    built = build.find()
-    if isinstance(built, str) or built.autograd is None:
-        return None
-    loader = importlib.machinery.ExtensionFileLoader("brn_kernels_autograd", str(built.autograd))
-    spec = importlib.util.spec_from_file_location("brn_kernels_autograd", built.autograd, loader=loader)
-    assert spec is not None
-    try:
-        return importlib.util.module_from_spec(spec)
-    except ImportError as error:
-        logger.warning("%s cannot be loaded, calls stay in Python: %s", built.autograd, error)
-        return None
 
 
 def forget() -> None:
     """Make no further use of the plans so far, which hold what launches were when they were made."""
     _plans.clear()
+    if (cpp := module()) is not None:
+        cpp.forget_operators()
 
 
 def forward(backend: str, *call: Any) -> Any:
@@ -63,22 +43,23 @@ def prepare(backend: str, *arguments: Any) -> bool:
     """
     call = Call(*arguments)
     x, residual, activation = call.x, call.residual, call.activation
-    bits = reference.keeps_bits(residual, activation)
+    has_bits = reference.keeps_bits(residual, activation)
     passes_dy_on = activation is None
     needs_dresidual = residual is not None and residual.requires_grad and not passes_dy_on
-    kernels = backends.resolve(backend, x.device.type)
-    found = kernels.in_cpp(call, x.requires_grad, needs_dresidual) if hasattr(kernels, "in_cpp") else None
-    if found is None:
+    read = None if passes_dy_on or has_bits else residual
+    of_backward = BackwardCall(
+        x, read, call.weight, call.bias, activation, has_bits, x.requires_grad, needs_dresidual
+    )  # fmt: skip
+    forwards, backwards = forward_of(backend, call), backward_of(backend, of_backward)
+    if forwards is None or backwards is None:
         return False
-    seen_as = layout.layout_of(x)
     in_python = functools.partial(
         gradients, eps=call.eps, activation=activation, backend=backend,
-        channels_last=seen_as.channels_last if bits else None,
+        channels_last=layout.layout_of(x).channels_last if has_bits else None,
     )  # fmt: skip
-    saves_residual = residual is not None and activation is not None and not bits
     made = (
-        in_python, found.unless, saves_residual, passes_dy_on, needs_dresidual,
-        tuple(layout.bits_shape(seen_as)) if bits else (), whose(found.forward), whose(found.backward),
+        in_python, forwards.unless, read is not None, passes_dy_on, needs_dresidual, shape_of_bits(x, has_bits),
+        whose(forwards.kernels), whose(backwards.kernels),
     )  # fmt: skip
     module().prepare(_plans_of(backend), call, made)
     return True
@@ -86,4 +67,4 @@ def prepare(backend: str, *arguments: Any) -> bool:
 
 def _plans_of(backend: str) -> Any:
     plans = _plans.get(backend)
-    return plans if plans is not None else _plans.setdefault(backend, module().new_plans(observe.observers, MOST_PLANS))
+    return plans if plans is not None else _plans.setdefault(backend, module().new_plans(observe.observers, MOST_KINDS))

@@ -12,30 +12,30 @@ calls that the backend's kernels do); ``auto_state``: (5, C), what automatic lim
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from . import backends, distributed, observe
+from . import backends, cpp, distributed, observe
 from .backends.layout import bits_shape, layout_of
 from .backends.reference import keeps_bits, statistics_dtype
 
 _operators = library.Library("brn_kernels", "DEF")
-_operators.define(
-    "forward(Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
+_SCHEMAS = {
+    "forward": "(Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? clipped,"
     " Tensor? limits, float[] schedule, float? momentum, float eps, str? activation, str backend, bool traced,"
     " str? process_group=None, Tensor(e!)? coefficients=None, Tensor(f!)? auto_state=None)"
     " -> (Tensor y, Tensor saved, Tensor bits)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_operators.define(
-    "backward(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor saved,"
+    "backward": "(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor saved,"
     " Tensor? bits, str? activation, bool needs_dx, bool needs_dresidual, str backend, str? process_group=None)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+}
+for _name, _schema in _SCHEMAS.items():
+    _operators.define(f"{_name}{_schema}", tags=torch.Tag.pt2_compliant_tag)
+    _operators.define(f"{_name}_in_python{_schema}")  # for what C++ leaves to Python
 
 
 def forward_implementation(
@@ -102,13 +102,11 @@ def backward_implementation(
     return kernels.backward(*arguments)
 
 
-@library.impl(_operators, "forward", "CompositeExplicitAutograd")
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, saved, bits = forward_implementation(x, *rest)
     return y, saved, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
 
 
-@library.impl(_operators, "backward", "CompositeExplicitAutograd")
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -127,6 +125,21 @@ def _backward(
     return (
         x.new_empty(0) if dx is None else dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual,
     )  # fmt: skip
+
+
+def _implement(name: str, in_python: Callable[..., tuple[Tensor, ...]]) -> None:
+    """By C++ where it is built, which is loaded now and has the operator from the next call on."""
+
+    def first(*arguments: Any) -> tuple[Tensor, ...]:
+        cpp.module()
+        return in_python(*arguments)
+
+    _operators.impl(name, first, "CompositeExplicitAutograd")
+    _operators.impl(f"{name}_in_python", in_python, "CompositeExplicitAutograd")
+
+
+_implement("forward", _forward)
+_implement("backward", _backward)
 
 
 @library.register_fake("brn_kernels::forward", lib=_operators)

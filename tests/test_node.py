@@ -234,7 +234,7 @@ def test_graphs_are_freed():
 
 
 def test_kinds_of_calls_beyond_the_limit_have_their_backward_in_python():
-    with mock.patch.object(node, "_plans", {}), mock.patch.object(node, "MOST_PLANS", 1):
+    with mock.patch.object(node, "_plans", {}), mock.patch.object(node, "MOST_KINDS", 1):
         layer, x, _, _ = made()
         assert is_in_cpp(layer(x)) and is_in_cpp(layer(x))
         other = layer(x[:2])

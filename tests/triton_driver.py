@@ -160,4 +160,6 @@ def standing_in():
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(what, name, value))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True))
+        node.forget()
+        stack.callback(node.forget)
         yield driver

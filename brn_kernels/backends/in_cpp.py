@@ -1,7 +1,7 @@
 """What a backend tells ``csrc/autograd`` of a kind of call, so that it runs without interpreting any Python.
 
-A backend's ``in_cpp(call, needs_dx, needs_dresidual)`` returns :class:`InCpp`, or None where that is not possible, or
-not before a kernel has been compiled.
+A backend's ``forward_in_cpp(call)`` and ``backward_in_cpp(call)`` return :class:`InCpp`, or None where that is not
+possible, or not before a kernel has been compiled.
 """
 
 from __future__ import annotations
@@ -29,6 +29,19 @@ class Call(NamedTuple):
     momentum: float | None
     eps: float
     activation: str | None
+
+
+class BackwardCall(NamedTuple):
+    """What a backward's kernels follow from, of a dy that lies as y does."""
+
+    x: Tensor
+    residual: Tensor | None  # if it is read
+    weight: Tensor | None
+    bias: Tensor | None
+    activation: str | None
+    has_bits: bool
+    needs_dx: bool
+    needs_dresidual: bool
 
 
 class NativeKernels(NamedTuple):
@@ -78,10 +91,9 @@ OneDirection = NativeKernels | TritonKernels
 
 
 class InCpp(NamedTuple):
-    """The kernels of both directions, and what says whether a call must be left to Python, if anything can."""
+    """The kernels of a direction, and what says whether a call must be left to Python, if anything can."""
 
-    forward: OneDirection
-    backward: OneDirection
+    kernels: OneDirection
     unless: Callable[[], bool] | None = None
 
 

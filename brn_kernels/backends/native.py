@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .. import build
 from . import layout, reference, sides
-from .in_cpp import Call, InCpp, NativeKernels
+from .in_cpp import BackwardCall, Call, InCpp, NativeKernels
 from .sides import copy_back, dense
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "hardswish": 4}  # csrc/arguments.h
@@ -176,25 +177,31 @@ def backward(
     return dx, dweight, dbias, dresidual
 
 
-def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> InCpp | None:
-    """What ``csrc/autograd`` calls for such a call, and for its backward, of a dy that lies as y does."""
-    x, residual, activation = call.x, call.residual, call.activation
-    if not is_fused(x, residual, None, activation):
-        return None
-    memory = sides.memory_of(x, residual)
-    if not memory.fits:
-        return None
+def forward_in_cpp(call: Call) -> InCpp | None:
+    """What ``csrc/autograd`` calls for such a call."""
+    memory = sides.memory_of(call.x, call.residual)
+    return _in_cpp("forward", call, memory, memory.strides)
+
+
+def backward_in_cpp(call: BackwardCall) -> InCpp | None:
+    """Likewise, of a dy that lies as y does."""
+    memory = sides.memory_of(call.x, call.residual)
     of_x, of_residual, of_results = memory.strides
-    code, workspace = ACTIVATION_CODES[activation], _workspace_bytes(memory.layout, x.dtype, x.device)
-    shape = tuple(memory.layout)
+    return _in_cpp("backward", call, memory, (of_results, of_x, of_residual, of_results, of_results))
+
+
+def _in_cpp(
+    direction: str, call: Call | BackwardCall, memory: sides.Memory, strides: tuple[tuple[int, int], ...]
+) -> InCpp | None:
+    x = call.x
+    if not is_fused(x, call.residual, None, call.activation) or not memory.fits:
+        return None
+    workspace = _workspace_bytes(memory.layout, x.dtype, x.device)
     return InCpp(
         NativeKernels(
-            "brn_kernels_native::forward", shape, (*of_x, *of_residual, *of_results), code, workspace
-        ),
-        NativeKernels(
-            "brn_kernels_native::backward", shape, (*of_results, *of_x, *of_residual, *of_results, *of_results), code,
-            workspace,
-        ),
+            f"brn_kernels_native::{direction}", tuple(memory.layout), tuple(itertools.chain(*strides)),
+            ACTIVATION_CODES[call.activation], workspace,
+        )
     )  # fmt: skip
 
 

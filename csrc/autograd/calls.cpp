@@ -1,50 +1,27 @@
 // The module brn_kernels_autograd: ordinary training calls without interpreting any Python (node.py). A call finds its
 // plan by its kind; what is not ordinary, or has no plan, is left to Python, which knows everything.
+#include "call.h"
 #include "node.h"
+#include "operators.h"
 
 #include <ATen/SavedTensorHooks.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
-#include <c10/util/SmallVector.h>
-#include <c10/util/hash.h>
-
 #include <array>
 #include <bit>
-#include <cstring>
-#include <string_view>
 #include <unordered_map>
 #include <utility>
 
 namespace brn {
 namespace {
 
-// The arguments of a call in Python, in turn: these tensors, then schedule, momentum, eps and activation.
-constexpr std::array<Slot, 10> given = {X,           RESIDUAL, WEIGHT,  BIAS,   RUNNING_MEAN,
-                                        RUNNING_VAR, COUNTER,  CLIPPED, LIMITS, AUTO};
+// The arguments of a call in Python, in turn: the given tensors, then schedule, momentum, eps and activation.
 constexpr size_t SCHEDULE = given.size(), MOMENTUM = SCHEDULE + 1, EPS = MOMENTUM + 1, ACTIVATION = EPS + 1,
                  ARGUMENTS = ACTIVATION + 1;
-
-struct Call {
-  Tensors tensors;
-  Settings settings = {};
-  int64_t activation = 0;
-};
-
-// All that a plan depends on.
-using Kind = c10::SmallVector<int64_t, 40>;
-
-struct Hash {
-  size_t operator()(const Kind& kind) const {
-    size_t found = 0;
-    for (const int64_t each : kind) found = c10::hash_combine(found, static_cast<size_t>(each));
-    return found;
-  }
-};
 
 struct Entry {
   std::unique_ptr<const Plan> plan;  // null: none so far
@@ -57,13 +34,11 @@ struct Plans {
   std::unordered_map<Kind, Entry, Hash> of;
 };
 
-// -1: not one of functional.ACTIVATIONS.
-int64_t activation_of(PyObject* name) {
+int64_t activation_in(PyObject* name) {
   if (name == Py_None) return 0;
-  constexpr std::array<const char*, 4> names = {"relu", "leaky_relu", "silu", "hardswish"};
-  for (size_t i = 0; i < names.size(); ++i) {
-    if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, names[i]) == 0) return 1 + static_cast<int>(i);
-  }
+  const char* text = PyUnicode_Check(name) ? PyUnicode_AsUTF8(name) : nullptr;
+  if (text != nullptr) return activation_of(text);
+  PyErr_Clear();
   return -1;
 }
 
@@ -78,7 +53,7 @@ bool unpack(PyObject* const* arguments, Call& call) {
   }
   PyObject *schedule = arguments[SCHEDULE], *momentum = arguments[MOMENTUM], *eps = arguments[EPS];
   call.settings.is_cumulative = momentum == Py_None;
-  call.activation = activation_of(arguments[ACTIVATION]);
+  call.activation = activation_in(arguments[ACTIVATION]);
   if (!PyTuple_Check(schedule) || PyTuple_GET_SIZE(schedule) != 5 || call.activation < 0 || !PyFloat_Check(eps) ||
       !(call.settings.is_cumulative || is_number(momentum))) {
     return false;
@@ -86,40 +61,13 @@ bool unpack(PyObject* const* arguments, Call& call) {
   std::array<double, 5> numbers = {};
   for (size_t i = 0; i < numbers.size(); ++i) {
     numbers[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(schedule, static_cast<Py_ssize_t>(i)));
-    if (i >= 2 && !(numbers[i] >= 0 && numbers[i] < 0x1p62)) return false;  // these are counts
   }
-  call.settings.r_max = numbers[0];
-  call.settings.d_max = numbers[1];
-  call.settings.hold = static_cast<int64_t>(numbers[2]);
-  call.settings.r_ramp = static_cast<int64_t>(numbers[3]);
-  call.settings.d_ramp = static_cast<int64_t>(numbers[4]);
+  const bool are_counts = set_schedule(numbers, call.settings);
   call.settings.momentum = call.settings.is_cumulative ? 0 : PyFloat_AsDouble(momentum);
   call.settings.eps = PyFloat_AS_DOUBLE(eps);
-  if (PyErr_Occurred() == nullptr) return true;
+  if (PyErr_Occurred() == nullptr) return are_counts;
   PyErr_Clear();
   return false;
-}
-
-bool is_dense(const Tensor& tensor, at::IntArrayRef sizes) { return tensor.sizes() == sizes && tensor.is_contiguous(); }
-
-// Whether the tensors are as kernels read them. Dtypes are part of the kind, and checked when its plan is made.
-bool is_plain(const Tensors& of) {
-  const Tensor &x = of[X], &residual = of[RESIDUAL], &counter = of[COUNTER], &clipped = of[CLIPPED];
-  if (!x.defined() || x.dim() < 2) return false;
-  for (const Slot slot : given) {
-    const Tensor& tensor = of[slot];
-    if (tensor.defined() && (tensor.device() != x.device() || tensor.key_set() != x.key_set())) return false;
-  }
-  const int64_t channels = x.size(1);
-  for (const Slot slot : {WEIGHT, BIAS, RUNNING_MEAN, RUNNING_VAR, CLIPPED}) {
-    if (of[slot].defined() && !is_dense(of[slot], {channels})) return false;
-  }
-  return of[RUNNING_MEAN].defined() == of[RUNNING_VAR].defined() &&
-         (!residual.defined() || (residual.sizes() == x.sizes() && residual.scalar_type() == x.scalar_type())) &&
-         (!counter.defined() || (counter.dim() == 0 && counter.scalar_type() == at::kLong)) &&
-         (!clipped.defined() || clipped.scalar_type() == at::kBool) &&
-         (!of[LIMITS].defined() || is_dense(of[LIMITS], {2})) &&
-         (!of[AUTO].defined() || (of[AUTO].dim() == 2 && of[AUTO].is_contiguous()));
 }
 
 // functional._is_ordinary, of tensors that are plain.
@@ -131,41 +79,24 @@ bool is_ordinary(const Plans& plans) {
 }
 
 Kind kind_of(const Call& call) {
-  const Tensor &x = call.tensors[X], &residual = call.tensors[RESIDUAL];
-  int64_t eps = 0;
-  std::memcpy(&eps, &call.settings.eps, sizeof(eps));
-  Kind kind = {x.dim(),
-               x.device().index(),
-               static_cast<int64_t>(x.key_set().raw_repr()),
-               x.requires_grad(),
-               call.activation,
-               eps,
-               call.settings.is_cumulative,
-               residual.defined() && residual.requires_grad()};
-  kind.append(x.sizes().begin(), x.sizes().end());
-  kind.append(x.strides().begin(), x.strides().end());
-  if (residual.defined()) kind.append(residual.strides().begin(), residual.strides().end());
-  for (const Slot slot : given) {
-    kind.push_back(call.tensors[slot].defined() ? static_cast<int64_t>(call.tensors[slot].scalar_type()) : -1);
-  }
-  if (call.tensors[AUTO].defined()) kind.append(call.tensors[AUTO].sizes().begin(), call.tensors[AUTO].sizes().end());
+  const Tensor& residual = call.tensors[RESIDUAL];
+  Kind kind = kind_of_forward(call);
+  kind.push_back(call.tensors[X].requires_grad());
+  kind.push_back(residual.defined() && residual.requires_grad());
+  kind.push_back(std::bit_cast<int64_t>(call.settings.eps));
   return kind;
 }
 
 // Undefined, and nothing done, if the kernels cannot be launched on these.
 Tensor run(const Plan& plan, Call& call) {
   Tensors& tensors = call.tensors;
-  const Tensor& x = tensors[X];
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const auto accumulated = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    tensors[Y] = at::empty_like(x);
-    tensors[SAVED] = at::empty({4, x.size(1)}, x.options().dtype(accumulated));
-    if (!plan.bits.empty()) tensors[BITS] = at::empty(plan.bits, x.options().dtype(at::kByte));
+    allocate_results(tensors, plan.bits);
     if (!plan.forward->run(tensors, &call.settings)) return {};
   }
   const auto maybe = [&](Slot slot) { return tensors[slot].defined() ? std::optional(tensors[slot]) : std::nullopt; };
-  return BatchRenormBackward::apply(x, maybe(RESIDUAL), maybe(WEIGHT), maybe(BIAS),
+  return BatchRenormBackward::apply(tensors[X], maybe(RESIDUAL), maybe(WEIGHT), maybe(BIAS),
                                     BatchRenormBackward::Done{&plan, tensors[Y], tensors[SAVED], tensors[BITS]});
 }
 
@@ -216,15 +147,6 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-std::unique_ptr<const Kernels> kernels_of(PyObject* made) {
-  const char* whose = nullptr;
-  PyObject* of_them = nullptr;
-  if (!PyArg_ParseTuple(made, "sO!", &whose, &PyTuple_Type, &of_them)) throw_python_error();
-  if (std::string_view(whose) == "native") return native_kernels(of_them);
-  TORCH_CHECK_VALUE(std::string_view(whose) == "triton", "kernels of whom? ", whose);
-  return triton_kernels(of_them);
-}
-
 // prepare(plans, call, made): such calls have a plan from now on; `made` is what node.py makes.
 PyObject* prepare(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
@@ -259,6 +181,8 @@ PyMethodDef methods[] = {
     {"new_plans", new_plans, METH_VARARGS, nullptr},
     {"prepare", prepare, METH_VARARGS, nullptr},
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, nullptr},
+    {"on_new_kinds", on_new_kinds, METH_VARARGS, nullptr},
+    {"forget_operators", forget_operators, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {

@@ -62,9 +62,10 @@ class Kernels {
   virtual bool run(const Tensors& tensors, const Settings* settings) const = 0;
 };
 
-// Of the tuples that backends/in_cpp.py makes. They hold what Python objects they need for good: none is ever freed.
+// Of the tuples that backends/in_cpp.py makes. They hold what Python objects they need for good.
 std::unique_ptr<Kernels> native_kernels(PyObject* made);
 std::unique_ptr<Kernels> triton_kernels(PyObject* made);
+std::unique_ptr<Kernels> kernels_of(PyObject* whose);  // one of them
 
 // Python's error, taken along: the exception may be rethrown in another thread.
 [[noreturn]] inline void throw_python_error() {

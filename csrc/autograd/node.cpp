@@ -2,8 +2,8 @@
 // Python, `gradients` of autograd.py.
 #include "node.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include "call.h"
+
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
@@ -20,14 +20,6 @@ struct Kept {
   const Tensor &x, &residual, &weight, &bias, &saved, &bits;
 };
 
-bool lies_as(const Tensor& dy, const Tensor& y) {
-  if (dy.sizes() != y.sizes()) return false;
-  if (dy.strides() == y.strides()) return true;
-  const auto both = [&](at::MemoryFormat format) { return dy.is_contiguous(format) && y.is_contiguous(format); };
-  return both(at::MemoryFormat::Contiguous) || (y.dim() == 4 && both(at::MemoryFormat::ChannelsLast)) ||
-         (y.dim() == 5 && both(at::MemoryFormat::ChannelsLast3d));
-}
-
 // Whether the plan's kernels can be called at once.
 bool is_ordinary(const Plan& plan, const Tensor& dy, const Kept& kept) {
   const at::Device device = kept.saved.device();
@@ -41,7 +33,6 @@ bool is_ordinary(const Plan& plan, const Tensor& dy, const Kept& kept) {
 // False, and nothing done, if the kernels cannot be launched on these.
 bool launched(const Plan& plan, const Tensor& dy, const Kept& kept, Tensors& tensors) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const auto channels = {kept.saved.size(1)};
   tensors[DY] = dy;
   tensors[X] = kept.x;
   tensors[RESIDUAL] = kept.residual;
@@ -49,10 +40,7 @@ bool launched(const Plan& plan, const Tensor& dy, const Kept& kept, Tensors& ten
   tensors[BIAS] = kept.bias;
   tensors[SAVED] = kept.saved;
   tensors[BITS] = kept.bits;
-  if (plan.needs_dx) tensors[DX] = at::empty_like(kept.x);
-  if (plan.needs_dresidual) tensors[DRESIDUAL] = at::empty_like(kept.x);
-  tensors[DWEIGHT] = at::empty(channels, kept.saved.options());
-  tensors[DBIAS] = at::empty(channels, kept.saved.options());
+  allocate_gradients(tensors, plan.needs_dx, plan.needs_dresidual);
   return plan.backward->run(tensors, nullptr);
 }
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 
-from .launch import apply, backward, forward, in_cpp, is_fused
+from .launch import apply, backward, backward_in_cpp, forward, forward_in_cpp, is_fused
 
-__all__ = ["apply", "backward", "forward", "in_cpp", "is_fused", "unusable"]
+__all__ = ["apply", "backward", "backward_in_cpp", "forward", "forward_in_cpp", "is_fused", "unusable"]
 
 
 def unusable(device_type: str) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import layout, reference, sides
-from ..in_cpp import Call, InCpp, TritonKernels
+from ..in_cpp import BackwardCall, Call, InCpp, TritonKernels
 from ..sides import Memory, copy_back, dense
 from . import config, kernels_backward, kernels_forward, launcher
 from .config import Launch
@@ -145,36 +145,44 @@ def backward(
     return dx, dweight, dbias, dresidual
 
 
-def in_cpp(call: Call, needs_dx: bool, needs_dresidual: bool) -> InCpp | None:
-    """What ``csrc/autograd`` launches for such a call, and for its backward, of a dy that lies as y does.
-
-    None, too, if one of the kernels has not been launched before.
-    """
+def forward_in_cpp(call: Call) -> InCpp | None:
+    """What ``csrc/autograd`` launches for such a call; None, too, if a kernel of it has not been launched before."""
     x, residual, activation = call.x, call.residual, call.activation
-    memory, of_backward = sides.memory_of(x, residual), sides.memory_of(x, torch.empty_like(x, device="meta"))
-    if not is_fused(x, residual, None, activation) or not memory.fits or not of_backward.fits:
+    memory = sides.memory_of(x, residual)
+    if not is_fused(x, residual, None, activation) or not memory.fits:
         return None
     kept = reference.keeps_bits(residual, activation)
-    forward = _plan("forward", memory, x.dtype, x.device, activation, kept, call.momentum is None)
-    writes = needs_dx or needs_dresidual
-    backward = _plan("backward", of_backward, x.dtype, x.device, activation, kept, writes=writes)
+    plan = _plan("forward", memory, x.dtype, x.device, activation, kept, call.momentum is None)
     given = {
-        "residual": residual, "weight": call.weight, "bias": call.bias, "running_mean": call.running_mean,
-        "running_var": call.running_var, "clipped": call.clipped, "counter": call.num_batches_tracked,
-        "limits": call.limits, "auto": call.auto_state,
+        "x": x, "residual": residual, "y": x, "weight": call.weight, "bias": call.bias,
+        "running_mean": call.running_mean, "running_var": call.running_var, "clipped": call.clipped,
+        "counter": call.num_batches_tracked, "limits": call.limits, "auto": call.auto_state,
     }  # fmt: skip
-    dtypes = {name: None if tensor is None else tensor.dtype for name, tensor in given.items()}
-    dtypes |= dict.fromkeys(("x", "y", "dy"), x.dtype)
-    dtypes |= dict.fromkeys(("saved", "dweight", "dbias"), forward.acc)
-    dtypes["bits"] = torch.uint8 if kept else None
-    dtypes["dx"], dtypes["dresidual"] = (x.dtype if needed else None for needed in (needs_dx, needs_dresidual))
-    forwards, backwards = _prepared(forward, dtypes), _prepared(backward, dtypes)
-    if forwards is None or backwards is None:
+    dtypes = _dtypes(given) | {"saved": plan.acc, "bits": torch.uint8 if kept else None}
+    return _prepared(plan, dtypes)
+
+
+def backward_in_cpp(call: BackwardCall) -> InCpp | None:
+    """Likewise, of a dy that lies as y does."""
+    x, activation = call.x, call.activation
+    memory = sides.memory_of(x, torch.empty_like(x, device="meta"))
+    if not is_fused(x, call.residual, None, activation) or not memory.fits:
         return None
-    return InCpp(forwards, backwards, unless=launcher.is_profiled)
+    writes = call.needs_dx or call.needs_dresidual
+    plan = _plan("backward", memory, x.dtype, x.device, activation, call.has_bits, writes=writes)
+    given = {
+        "dy": x, "x": x, "weight": call.weight, "bias": call.bias, "dx": x if call.needs_dx else None,
+        "dresidual": x if call.needs_dresidual else None,
+    }  # fmt: skip
+    dtypes = _dtypes(given) | dict.fromkeys(("saved", "dweight", "dbias"), plan.acc)
+    return _prepared(plan, dtypes | {"bits": torch.uint8 if call.has_bits else None})
 
 
-def _prepared(plan: Plan, dtypes: dict[str, torch.dtype | None]) -> TritonKernels | None:
+def _dtypes(tensors: dict[str, Tensor | None]) -> dict[str, torch.dtype | None]:
+    return {name: None if tensor is None else tensor.dtype for name, tensor in tensors.items()}
+
+
+def _prepared(plan: Plan, dtypes: dict[str, torch.dtype | None]) -> InCpp | None:
     """What ``_launch`` launches, for ``csrc/autograd``; None if it has not been launched before."""
     driver = launcher.driver()
     if driver is None:
@@ -189,7 +197,8 @@ def _prepared(plan: Plan, dtypes: dict[str, torch.dtype | None]) -> TritonKernel
             return None
         launches.append(prepared)
     workspace, counters = plan.workspace if plan.shares else 0, plan.tickets if plan.counts else 0
-    return TritonKernels(driver, tuple(launches), workspace, counters, tickets)
+    found = TritonKernels(driver, tuple(launches), workspace, counters, tickets)
+    return InCpp(found, unless=launcher.is_profiled)
 
 
 def _launch(

@@ -1,0 +1,63 @@
+// The arguments of a training call, wherever they come from, and what kind of call they make.
+#pragma once
+
+#include "kernels.h"
+
+#include <c10/util/SmallVector.h>
+
+#include <array>
+#include <string_view>
+
+namespace brn {
+
+// The tensors of a forward, in the order in which Python gives them.
+constexpr std::array<Slot, 10> given = {X,           RESIDUAL, WEIGHT,  BIAS,   RUNNING_MEAN,
+                                        RUNNING_VAR, COUNTER,  CLIPPED, LIMITS, AUTO};
+
+struct Call {
+  Tensors tensors;
+  Settings settings = {};
+  int64_t activation = 0;
+};
+
+// -1: not one of functional.ACTIVATIONS.
+int64_t activation_of(std::string_view name);
+
+// False if what should be counts are none.
+bool set_schedule(const std::array<double, 5>& numbers, Settings& settings);
+
+bool is_dense(const Tensor& tensor, at::IntArrayRef sizes);
+
+// Whether these are plain tensors like x, where they are defined.
+bool are_alike(const Tensors& of, at::ArrayRef<Slot> slots);
+
+// Whether the tensors of a forward are as kernels read them. Dtypes are part of the kind, and checked when its plan is
+// made.
+bool is_plain(const Tensors& of);
+
+// Whether dy lies in memory as y does.
+bool lies_as(const Tensor& dy, const Tensor& y);
+
+inline at::ScalarType statistics_dtype(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// y, saved, and the packed bits, if there are any, of a forward.
+void allocate_results(Tensors& of, const std::vector<int64_t>& bits);
+
+// The gradients of a backward.
+void allocate_gradients(Tensors& of, bool needs_dx, bool needs_dresidual);
+
+// All that a plan depends on.
+using Kind = c10::SmallVector<int64_t, 40>;
+
+struct Hash {
+  size_t operator()(const Kind& kind) const;
+};
+
+void append_dtypes(Kind& kind, const Tensors& of, at::ArrayRef<Slot> slots);
+
+// What shapes, strides and dtypes of a forward decide.
+Kind kind_of_forward(const Call& call);
+
+}  // namespace brn
