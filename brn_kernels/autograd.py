@@ -32,7 +32,8 @@ class BatchRenormFunction(torch.autograd.Function):
         rest: tuple[Any, ...],
     ) -> Tensor:
         ctx.eps, ctx.activation, ctx.backend, traced, ctx.process_group, auto_state, ordinary = rest[7:]
-        call = None
+        has_bits = reference.keeps_bits(residual, ctx.activation)
+        ctx.gated_by_y, call = traced and has_bits, None
         if ordinary:
             kernels = backends.resolve(ctx.backend, x.device.type)
             y, saved, bits = kernels.forward(x, residual, mask, weight, bias, *rest[:9], auto_state=auto_state)
@@ -44,12 +45,15 @@ class BatchRenormFunction(torch.autograd.Function):
                 x, residual, mask, weight, bias, *rest[:-2], coefficients, auto_state
             )  # fmt: skip
         ctx.set_materialize_grads(False)
-        if ctx.activation is None or reference.keeps_bits(residual, ctx.activation):
+        if ctx.activation is None or has_bits:
             residual = None  # the backward does without it
         ctx.channels_last = layout.layout_of(x).channels_last if bits is not None else None
         if call is not None:
             ctx.output = call.register(y, saved)
-        ctx.save_for_backward(x, residual, mask, weight, bias, saved, bits)
+        # Where the gradient passes. A compiler keeps no copy: y, which the next layer keeps anyway, as a rule; but where
+        # y is changed afterwards, a trace would have the changed one here.
+        gate = y.clone() if ctx.gated_by_y else bits
+        ctx.save_for_backward(x, residual, mask, weight, bias, saved, gate)
         return y
 
     @staticmethod
@@ -58,11 +62,14 @@ class BatchRenormFunction(torch.autograd.Function):
             if ctx.process_group is None:
                 return (None,) * 6
             dy = torch.zeros_like(ctx.saved_tensors[0])  # other processes wait for this one's sums
-        x, residual, mask, *others = ctx.saved_tensors
+        x, residual, mask, weight, bias, saved, gate = ctx.saved_tensors
+        activation = ctx.activation
+        if ctx.gated_by_y:  # the compiler does that together with what comes before; it is dresidual, too
+            dy, activation, gate = torch.ops.aten.threshold_backward(dy, gate, 0), None, None
         needs_dx, needs_dresidual, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:5]
         dx, dresidual, dweight, dbias = gradients(
-            dy, (x, residual, *others), (needs_dx, needs_dresidual, needs_dweight, needs_dbias), ctx.eps,
-            ctx.activation, ctx.backend, ctx.channels_last, mask, ctx.process_group,
+            dy, (x, residual, weight, bias, saved, gate), (needs_dx, needs_dresidual, needs_dweight, needs_dbias),
+            ctx.eps, activation, ctx.backend, ctx.channels_last, mask, ctx.process_group,
         )  # fmt: skip
         return dx, dresidual, None, dweight, dbias, None
 

@@ -42,10 +42,10 @@ def module() -> Any:
     return found
 
 
-def forward_of(backend: str, call: Call) -> InCpp | None:
+def forward_of(backend: str, call: Call, wants_bits: bool = True) -> InCpp | None:
     """What C++ runs for such a forward by the backend of that name; None if it cannot."""
     kernels = backends.resolve(backend, call.x.device.type)
-    return kernels.forward_in_cpp(call) if hasattr(kernels, "forward_in_cpp") else None
+    return kernels.forward_in_cpp(call, wants_bits) if hasattr(kernels, "forward_in_cpp") else None
 
 
 def backward_of(backend: str, call: BackwardCall) -> InCpp | None:
@@ -59,16 +59,18 @@ def shape_of_bits(x: Tensor, kept: bool) -> tuple[int, ...]:
     return tuple(layout.bits_shape(layout.layout_of(x))) if kept else ()
 
 
-def prepare_forward_operator(backend: str, *arguments: Any) -> tuple[Any, ...] | None:
+def prepare_forward_operator(backend: str, traced: bool, *arguments: Any) -> tuple[Any, ...] | None:
+    """What C++ is told of a kind of call of ``ops.forward``, of those ``Call`` arguments; None: it is Python's."""
     call = Call(*arguments)
-    found = forward_of(backend, call)
+    found = forward_of(backend, call, wants_bits=not traced)
     if found is None:
         return None
-    bits = shape_of_bits(call.x, reference.keeps_bits(call.residual, call.activation))
+    bits = shape_of_bits(call.x, not traced and reference.keeps_bits(call.residual, call.activation))
     return found.unless, bits, None, whose(found.kernels)
 
 
 def prepare_backward_operator(backend: str, *arguments: Any) -> tuple[Any, ...] | None:
+    """Likewise of ``ops.backward``, of ``BackwardCall`` arguments."""
     call = BackwardCall(*arguments)
     found = backward_of(backend, call)
     if found is None:

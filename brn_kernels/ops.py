@@ -1,8 +1,10 @@
 """The operators ``torch.ops.brn_kernels.forward`` and ``.backward``: schemas, implementations, fakes.
 
 They are what a compiled graph contains. Autograd lies outside them (``autograd.py``); the backend is looked up when
-they run, so a trace does not depend on the machine it was made on. Arguments: ``backends/reference.py``, and
-``traced``: whether the call comes from a trace, in which ``checkpointing.py`` cannot recognize that it is run again;
+they run, so a trace does not depend on the machine it was made on. Nor does it depend on how x lies in memory, which
+the compiler may change (``flexible_layout``), so that no bits are packed in a trace. Arguments:
+``backends/reference.py``, and ``traced``: whether the call comes from a trace, in which besides ``checkpointing.py``
+cannot recognize that it is run again;
 ``process_group``: the name of the group whose batch it is (``distributed.py``), None: this process's own;
 ``coefficients``: (3, C), to be filled with the pivot, scale and shift that y is computed of (``recompute.py``; only for
 calls that the backend's kernels do); ``auto_state``: (5, C), what automatic limits are computed of
@@ -34,7 +36,7 @@ _SCHEMAS = {
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
 }
 for _name, _schema in _SCHEMAS.items():
-    _operators.define(f"{_name}{_schema}", tags=torch.Tag.pt2_compliant_tag)
+    _operators.define(f"{_name}{_schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     _operators.define(f"{_name}_in_python{_schema}")  # for what C++ leaves to Python
 
 
@@ -71,10 +73,10 @@ def forward_implementation(
     )  # fmt: skip
     kernels = backends.resolve(backend, x.device.type)
     if (group := distributed.group_of(process_group)) is not None:
-        return distributed.forward(kernels, group, *arguments, coefficients, auto_state)
-    if coefficients is not None:  # only for backends that have kernels
-        return kernels.forward(*arguments, coefficients=coefficients, auto_state=auto_state)
-    return kernels.forward(*arguments, auto_state=auto_state)
+        y, saved, bits = distributed.forward(kernels, group, *arguments, coefficients, auto_state)
+        return y, saved, None if traced else bits
+    others = {} if coefficients is None else {"coefficients": coefficients}  # only for backends that have kernels
+    return kernels.forward(*arguments, **others, auto_state=auto_state, wants_bits=not traced)
 
 
 def backward_implementation(
@@ -144,10 +146,10 @@ _implement("backward", _backward)
 
 @library.register_fake("brn_kernels::forward", lib=_operators)
 def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    activation = rest[11]
+    activation, traced = rest[11], rest[13]
     channels = x.shape[1] if x.dim() > 1 else 0
     saved = x.new_empty(4, channels, dtype=statistics_dtype(x))
-    kept = keeps_bits(residual, activation) and x.numel() > 0
+    kept = not traced and keeps_bits(residual, activation) and x.numel() > 0
     bits = x.new_empty(bits_shape(layout_of(x)) if kept else (0,), dtype=torch.uint8)
     return torch.empty_like(x), saved, bits
 

@@ -94,24 +94,25 @@ def forward(
     activation: str | None,
     coefficients: Tensor | None = None,
     auto_state: Tensor | None = None,
+    wants_bits: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``reference.forward``; a mask is left to it."""
     if not is_fused(x, residual, mask, activation):
         return reference.forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
-            momentum, eps, activation, auto_state,
+            momentum, eps, activation, auto_state, wants_bits,
         )  # fmt: skip
     memory = sides.memory_of(x, residual)
     if not memory.fits:
         return sides.forward_of_copies(
             forward, x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits,
-            schedule, momentum, eps, activation, coefficients, auto_state,
+            schedule, momentum, eps, activation, coefficients, auto_state, wants_bits,
         )  # fmt: skip
     shape, (of_x, of_residual, of_y) = memory.layout, memory.strides
     y = torch.empty_like(x)
     saved = torch.empty(4, shape.channels, dtype=reference.statistics_dtype(x), device=x.device)
     bits = None
-    if reference.keeps_bits(residual, activation):
+    if wants_bits and reference.keeps_bits(residual, activation):
         bits = torch.empty(layout.bits_shape(shape), dtype=torch.uint8, device=x.device)
     dense_mean, dense_var, dense_clipped = dense(running_mean), dense(running_var), dense(clipped)
     dense_state = dense(auto_state)
@@ -177,8 +178,8 @@ def backward(
     return dx, dweight, dbias, dresidual
 
 
-def forward_in_cpp(call: Call) -> InCpp | None:
-    """What ``csrc/autograd`` calls for such a call."""
+def forward_in_cpp(call: Call, wants_bits: bool = True) -> InCpp | None:
+    """What ``csrc/autograd`` calls for such a call, whether it wants bits or not."""
     memory = sides.memory_of(call.x, call.residual)
     return _in_cpp("forward", call, memory, memory.strides)
 

@@ -38,6 +38,7 @@ def forward(
     eps: float,
     activation: str | None,
     auto_state: Tensor | None = None,
+    wants_bits: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Normalize in training mode and update the running statistics in place.
 
@@ -46,7 +47,7 @@ def forward(
 
     Returns:
         y; and for the backward ``saved``, (4, C): batch_mean, inv_std, r, d; and ``bits``: where a ReLU after a
-        residual lets the gradient through (``layout.pack_bits``), None without that.
+        residual lets the gradient through (``layout.pack_bits``), None without that, or where nobody wants them.
     """
     y = torch.empty_like(x)
     if x.numel() == 0:
@@ -64,7 +65,7 @@ def forward(
         batch_mean, batch_var, m, is_clipped, running_mean, running_var, num_batches_tracked, clipped, momentum, eps,
         auto_state,
     )  # fmt: skip
-    return y, saved, bits
+    return y, saved, bits if wants_bits else None
 
 
 def backward(

@@ -180,11 +180,12 @@ bool unpack(const Given& from, Call& call) {
 
 PyObject* for_python(const Given& from, const Call& call) {
   const Settings& its = call.settings;
-  THPObjectPtr found(PyTuple_New(static_cast<Py_ssize_t>(given.size() + 5)));
+  THPObjectPtr found(PyTuple_New(static_cast<Py_ssize_t>(given.size() + 6)));
   if (!found) return nullptr;
   Py_ssize_t i = 0;
   const auto push = [&](PyObject* object) { PyTuple_SET_ITEM(found.get(), i++, object); };
   push(text_or_none(from[BACKEND]));
+  push(PyBool_FromLong(from[TRACED].toBool()));
   for (const Slot slot : given) push(THPVariable_Wrap(call.tensors[slot]));
   push(Py_BuildValue("(ddddd)", its.r_max, its.d_max, static_cast<double>(its.hold), static_cast<double>(its.r_ramp),
                      static_cast<double>(its.d_ramp)));
@@ -199,6 +200,7 @@ bool done(Stack& stack) {
   Call call;
   if (!unpack(from, call)) return false;
   Kind kind = kind_of_forward(call);
+  kind.push_back(from[TRACED].toBool());
   append_text(kind, from[BACKEND].toStringView());
   const Found plan = forwards.of(kind, [&] { return for_python(from, call); });
   if (plan == nullptr || is_pythons_now(*plan)) return false;

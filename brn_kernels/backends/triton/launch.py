@@ -49,20 +49,21 @@ def forward(
     activation: str | None,
     coefficients: Tensor | None = None,
     auto_state: Tensor | None = None,
+    wants_bits: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``reference.forward`` in two launches, or in one."""
     if not is_fused(x, residual, mask, activation):
         return reference.forward(
             x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits, schedule,
-            momentum, eps, activation, auto_state,
+            momentum, eps, activation, auto_state, wants_bits,
         )  # fmt: skip
     memory = sides.memory_of(x, residual)
     if not memory.fits:
         return sides.forward_of_copies(
             forward, x, residual, mask, weight, bias, running_mean, running_var, num_batches_tracked, clipped, limits,
-            schedule, momentum, eps, activation, coefficients, auto_state,
+            schedule, momentum, eps, activation, coefficients, auto_state, wants_bits,
         )  # fmt: skip
-    kept = reference.keeps_bits(residual, activation)
+    kept = wants_bits and reference.keeps_bits(residual, activation)
     plan = _plan("forward", memory, x.dtype, x.device, activation, kept, momentum is None)
 
     y = torch.empty_like(x)
@@ -145,13 +146,13 @@ def backward(
     return dx, dweight, dbias, dresidual
 
 
-def forward_in_cpp(call: Call) -> InCpp | None:
+def forward_in_cpp(call: Call, wants_bits: bool = True) -> InCpp | None:
     """What ``csrc/autograd`` launches for such a call; None, too, if a kernel of it has not been launched before."""
     x, residual, activation = call.x, call.residual, call.activation
     memory = sides.memory_of(x, residual)
     if not is_fused(x, residual, None, activation) or not memory.fits:
         return None
-    kept = reference.keeps_bits(residual, activation)
+    kept = wants_bits and reference.keeps_bits(residual, activation)
     plan = _plan("forward", memory, x.dtype, x.device, activation, kept, call.momentum is None)
     given = {
         "x": x, "residual": residual, "y": x, "weight": call.weight, "bias": call.bias,
