@@ -107,15 +107,10 @@ def test_a_layer_in_a_convolutions_layout_is_not_copied_into_another():
         return [next(line for line in lines if line.startswith(f"{name} = ")) for name in names]
 
     assert [("convolution" in line) for line in made_by(forward)] == [True] * 3, made_by(forward)
-    strides = re.findall(r"assert_size_stride\(\w+, \(4, 8, 9, 7\), \((\d+), (\d+), (\d+), (\d+)\)", forward + backward)
-    layouts = {int(each[1]) == 1 for each in strides}
-    assert strides and layouts == {True, False}  # those of inputs and results, which the caller gives and gets
-    ours = re.findall(r"'torch\.ops\.brn_kernels\.\w+\.default'", forward + backward)
-    assert len(ours) >= 12
-    of_ours = re.findall(
-        r"assert_size_stride\(\w+, \(4, 8, 9, 7\), \(\d+, (\d+), \d+, \d+\), 'torch\.ops\.brn_kernels", forward + backward
+    channel_strides = re.findall(
+        r"\(4, 8, 9, 7\), \(\d+, (\d+), \d+, \d+\), 'torch\.ops\.brn_kernels", forward + backward
     )  # fmt: skip
-    assert len(of_ours) == 6 and set(of_ours) == {"1"}, of_ours
+    assert channel_strides == ["1"] * 6, channel_strides
 
 
 def test_no_bits_are_packed_in_a_trace():

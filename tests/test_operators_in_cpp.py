@@ -116,8 +116,8 @@ FUSED = st.tuples(st.booleans(), st.sampled_from(ACTIVATIONS))
 @settings(deadline=None, max_examples=60)
 @given(
     dtype=st.sampled_from(DTYPES), memory=st.sampled_from(MEMORY), fused=FUSED, affine=st.booleans(),
-    tracked=st.booleans(), schedule=st.sampled_from([*SCHEDULES, "tensor", "auto"]), momentum=st.sampled_from([0.1, 1, None]),
-    needs=st.tuples(st.booleans(), st.booleans()),
+    tracked=st.booleans(), schedule=st.sampled_from([*SCHEDULES, "tensor", "auto"]),
+    momentum=st.sampled_from([0.1, 1, None]), needs=st.tuples(st.booleans(), st.booleans()),
 )  # fmt: skip
 def test_the_same_bits_as_in_python(dtype, memory, fused, affine, tracked, schedule, momentum, needs):
     momentum = 0.1 if momentum is None and not tracked else momentum
