@@ -50,8 +50,8 @@ class BatchRenormFunction(torch.autograd.Function):
         ctx.channels_last = layout.layout_of(x).channels_last if bits is not None else None
         if call is not None:
             ctx.output = call.register(y, saved)
-        # Where the gradient passes. The copy is for a y that is changed afterwards: a trace would have that here. If none
-        # is, a compiler keeps y alone, which the next layer keeps anyway, as a rule.
+        # Where the gradient passes. The copy is for a y that is changed afterwards: a trace would have that here. If
+        # none is, a compiler keeps y alone, which the next layer keeps anyway, as a rule.
         gate = y.clone() if ctx.gated_by_y else bits
         ctx.save_for_backward(x, residual, mask, weight, bias, saved, gate)
         return y

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 import brn_kernels as brn
@@ -97,7 +98,8 @@ def test_a_layer_in_a_convolutions_layout_is_not_copied_into_another():
     net = Block()
     x, dy = torch.randn(4, 3, 9, 7, requires_grad=True), torch.randn(4, 8, 9, 7)
     compiled = torch.compile(net, fullgraph=True)
-    _, (forward, backward) = run_and_get_code(lambda: compiled(x).backward(dy))
+    with inductor_config.patch(force_disable_caches=True):
+        _, (forward, backward) = run_and_get_code(lambda: compiled(x).backward(dy))
 
     def made_by(code):
         """For each first argument of one of our operators, the line that made it."""
