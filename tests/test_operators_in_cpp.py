@@ -176,10 +176,22 @@ def test_forwards_that_are_not_plain_are_as_in_python(what):
         alike(result(ops.forward, arguments), expected)
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("layouts", [LAYOUTS[:2], LAYOUTS[1::-1]], ids=str)
+def test_a_gradient_in_another_format_than_x_is_copied(layouts, activation):
+    """As the gradients that a compiled graph is given are."""
+    forward = forward_arguments(layouts=(layouts[0],) * 2, activation=activation)
+    arguments = backward_arguments(forward, layouts[1])
+    expected = result(IN_PYTHON[ops.backward], arguments)
+    with without_python():
+        alike(result(ops.backward, arguments), expected)
+
+
 OTHER_BACKWARDS = {
     "mask": {3: torch.rand(4, 1, 5, 3) < 0.7},
     "dy with gaps": {0: laid_out(torch.randn(4, 6, 5, 3), "with gaps")},
-    "dy channels_last": {0: laid_out(torch.randn(4, 6, 5, 3), "channels_last")},
+    "dy with channels first": {0: torch.randn(6, 4, 5, 3).transpose(0, 1)},
+    "dy in no layout": {0: torch.randn(5, 6, 4, 3).transpose(0, 2)},
     "expanded dy": {0: torch.ones(()).expand(4, 6, 5, 3)},
     "zero dy": {0: torch._efficientzerotensor((4, 6, 5, 3))},
     "weight with gaps": {4: torch.rand(6, 2)[:, 0]},

@@ -7,6 +7,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
@@ -243,6 +244,13 @@ bool unpack(const Given& from, Call& call) {
   return dy.defined() && is_dense(saved, {4, channels}) && saved.scalar_type() == statistics_dtype(x);
 }
 
+// Whether it is dense in one of PyTorch's memory formats: a dy that is in another than y must be copied, as a gradient
+// that a compiled graph is given, of an x that the compiler has laid out otherwise.
+bool has_a_format(const Tensor& dy) {
+  return dy.is_contiguous() || (dy.dim() == 4 && dy.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
+         (dy.dim() == 5 && dy.is_contiguous(at::MemoryFormat::ChannelsLast3d));
+}
+
 Kind kind_of(const Given& from, const Call& call) {
   const Tensor &x = call.tensors[X], &residual = call.tensors[RESIDUAL];
   Kind kind = {x.dim(),         x.device().index(),      static_cast<int64_t>(x.key_set().raw_repr()),
@@ -269,10 +277,12 @@ bool done(Stack& stack) {
   if (!unpack(from, call)) return false;
   Tensors& of = call.tensors;
   const Found plan = backwards.of(kind_of(from, call), [&] { return for_python(from, call); });
-  if (plan == nullptr || is_pythons_now(*plan) || !lies_as(of[DY], plan->y)) return false;
+  const bool fits = plan != nullptr && lies_as(of[DY], plan->y);
+  if (plan == nullptr || is_pythons_now(*plan) || !(fits || has_a_format(of[DY]))) return false;
   const Tensor& bits = of[BITS];
   if (bits.defined() && !(bits.scalar_type() == at::kByte && is_dense(bits, plan->bits))) return false;
   const at::AutoDispatchBelowADInplaceOrView guard;
+  if (!fits) of[DY] = at::empty_like(of[X]).copy_(of[DY]);  // as Python would
   allocate_gradients(of, from[NEEDS_DX].toBool(), from[NEEDS_DRESIDUAL].toBool());
   if (!plan->kernels->run(of, nullptr)) return false;
   Tensor dx = or_empty(of[DX], of[X].options()), dresidual = or_empty(of[DRESIDUAL], of[X].options());
