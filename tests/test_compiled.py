@@ -33,8 +33,10 @@ class Block(nn.Module):
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
+    """Inductor's caches know nothing of an operator's tags."""
     torch._dynamo.reset()
-    yield
+    with inductor_config.patch(force_disable_caches=True):
+        yield
     torch._dynamo.reset()
 
 
@@ -98,8 +100,7 @@ def test_a_layer_in_a_convolutions_layout_is_not_copied_into_another():
     net = Block()
     x, dy = torch.randn(4, 3, 9, 7, requires_grad=True), torch.randn(4, 8, 9, 7)
     compiled = torch.compile(net, fullgraph=True)
-    with inductor_config.patch(force_disable_caches=True):
-        _, (forward, backward) = run_and_get_code(lambda: compiled(x).backward(dy))
+    _, (forward, backward) = run_and_get_code(lambda: compiled(x).backward(dy))
 
     def made_by(code):
         """For each first argument of one of our operators, the line that made it."""

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from node_calls import ACTIVATIONS, DTYPES, LAYOUTS, laid_out
+from torch._inductor import config as inductor_config
 from triton_driver import standing_in
 
 import brn_kernels as brn
@@ -232,7 +233,7 @@ def test_compiled_training_calls_them_and_equals_eager(way):
         brn.BatchRenorm2d(6, activation="relu"), torch.nn.Conv2d(6, 6, 3, padding=1), brn.BatchRenorm2d(6)
     )  # fmt: skip
     inputs = [(torch.randn(4, 6, 5, 3, requires_grad=True), torch.randn(4, 6, 5, 3)) for _ in range(3)]
-    with brn.use_backend("native"):
+    with brn.use_backend("native"), inductor_config.patch(force_disable_caches=True):
         other = copy.deepcopy(net)
         run = net if way == "eager" else torch.compile(net, fullgraph=True, backend=way)
         with without_python():
