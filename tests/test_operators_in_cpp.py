@@ -240,7 +240,7 @@ def test_compiled_training_calls_them_and_equals_eager(way):
             found = training(net, run, inputs)
         expected = training(other, other, inputs)
     for one, another in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, another, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one, another, rtol=1e-4, atol=1e-4)  # of convolutions, too
     torch._dynamo.reset()
 
 
