@@ -40,7 +40,7 @@ sanitize: $(STAMP) ## run the tests of native loops and calls in C++ under Addre
 	$(BIN)/brn build --sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 BRN_KERNELS_SANITIZE=1 OMP_NUM_THREADS=2 \
-	    $(BIN)/python -m pytest -p no:benchmark -n auto --maxprocesses 8 -k "native or node" $(PYTEST_ARGS)
+	    $(BIN)/python -m pytest -p no:benchmark -n auto --maxprocesses 8 -k "native or node or (operators and not inductor)" $(PYTEST_ARGS)
 
 # Saved, so that a change can be compared: BENCH_ARGS="--benchmark-compare"
 bench: $(STAMP) $(BUILT) ## the developer's quick check of speed (BENCH_ARGS="--every-layer -k both" selects; `brn bench` is the real one)

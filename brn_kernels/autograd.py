@@ -32,8 +32,7 @@ class BatchRenormFunction(torch.autograd.Function):
         rest: tuple[Any, ...],
     ) -> Tensor:
         ctx.eps, ctx.activation, ctx.backend, traced, ctx.process_group, auto_state, ordinary = rest[7:]
-        has_bits = reference.keeps_bits(residual, ctx.activation)
-        ctx.gated_by_y, call = traced and has_bits, None
+        ctx.gated_by_y, call = traced and reference.keeps_bits(residual, ctx.activation), None
         if ordinary:
             kernels = backends.resolve(ctx.backend, x.device.type)
             y, saved, bits = kernels.forward(x, residual, mask, weight, bias, *rest[:9], auto_state=auto_state)
@@ -45,15 +44,12 @@ class BatchRenormFunction(torch.autograd.Function):
                 x, residual, mask, weight, bias, *rest[:-2], coefficients, auto_state
             )  # fmt: skip
         ctx.set_materialize_grads(False)
-        if ctx.activation is None or has_bits:
-            residual = None  # the backward does without it
         ctx.channels_last = layout.layout_of(x).channels_last if bits is not None else None
         if call is not None:
             ctx.output = call.register(y, saved)
-        # Where the gradient passes. The copy is for a y that is changed afterwards: a trace would have that here. If
-        # none is, a compiler keeps y alone, which the next layer keeps anyway, as a rule.
-        gate = y.clone() if ctx.gated_by_y else bits
-        ctx.save_for_backward(x, residual, mask, weight, bias, saved, gate)
+        # y <= 0: where the gradient stops. Compilers keep y itself instead, where the next layer keeps it anyway.
+        gate = y <= 0 if ctx.gated_by_y else bits
+        ctx.save_for_backward(x, reference.read_again(residual, ctx.activation), mask, weight, bias, saved, gate)
         return y
 
     @staticmethod
@@ -64,8 +60,8 @@ class BatchRenormFunction(torch.autograd.Function):
             dy = torch.zeros_like(ctx.saved_tensors[0])  # other processes wait for this one's sums
         x, residual, mask, weight, bias, saved, gate = ctx.saved_tensors
         activation = ctx.activation
-        if ctx.gated_by_y:  # the compiler does that together with what comes before; it is dresidual, too
-            dy, activation, gate = torch.ops.aten.threshold_backward(dy, gate, 0), None, None
+        if ctx.gated_by_y:  # a compiler does that together with what comes before; it is dresidual, too
+            dy, activation, gate = dy.masked_fill(gate, 0), None, None
         needs_dx, needs_dresidual, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:5]
         dx, dresidual, dweight, dbias = gradients(
             dy, (x, residual, weight, bias, saved, gate), (needs_dx, needs_dresidual, needs_dweight, needs_dbias),

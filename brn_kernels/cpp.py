@@ -63,17 +63,17 @@ def prepare_forward_operator(backend: str, traced: bool, *arguments: Any) -> tup
     """What C++ is told of a kind of call of ``ops.forward``, of those ``Call`` arguments; None: it is Python's."""
     call = Call(*arguments)
     found = forward_of(backend, call, wants_bits=not traced)
-    if found is None:
-        return None
-    bits = shape_of_bits(call.x, not traced and reference.keeps_bits(call.residual, call.activation))
-    return found.unless, bits, None, whose(found.kernels)
+    return _told(found, call.x, not traced and reference.keeps_bits(call.residual, call.activation))
 
 
 def prepare_backward_operator(backend: str, *arguments: Any) -> tuple[Any, ...] | None:
     """Likewise of ``ops.backward``, of ``BackwardCall`` arguments."""
     call = BackwardCall(*arguments)
-    found = backward_of(backend, call)
+    return _told(backward_of(backend, call), call.x, call.has_bits)
+
+
+def _told(found: InCpp | None, x: Tensor, has_bits: bool) -> tuple[Any, ...] | None:
     if found is None:
         return None
-    y = torch.empty_like(call.x, device="meta")
-    return found.unless, shape_of_bits(call.x, call.has_bits), y, whose(found.kernels)
+    y = torch.empty_like(x, device="meta")
+    return found.unless, shape_of_bits(x, has_bits), y, whose(found.kernels)

@@ -46,7 +46,7 @@ def prepare(backend: str, *arguments: Any) -> bool:
     has_bits = reference.keeps_bits(residual, activation)
     passes_dy_on = activation is None
     needs_dresidual = residual is not None and residual.requires_grad and not passes_dy_on
-    read = None if passes_dy_on or has_bits else residual
+    read = reference.read_again(residual, activation)
     of_backward = BackwardCall(
         x, read, call.weight, call.bias, activation, has_bits, x.requires_grad, needs_dresidual
     )  # fmt: skip

@@ -3,8 +3,8 @@
 They are what a compiled graph contains. Autograd lies outside them (``autograd.py``); the backend is looked up when
 they run, so a trace does not depend on the machine it was made on. Nor does it depend on how x lies in memory, which
 the compiler may change (``flexible_layout``), so that no bits are packed in a trace. Arguments:
-``backends/reference.py``, and ``traced``: whether the call comes from a trace, in which besides ``checkpointing.py``
-cannot recognize that it is run again;
+``backends/reference.py``, and ``traced``: whether the call comes from a trace (there ``checkpointing.py``, too, cannot
+recognize that it is run again);
 ``process_group``: the name of the group whose batch it is (``distributed.py``), None: this process's own;
 ``coefficients``: (3, C), to be filled with the pivot, scale and shift that y is computed of (``recompute.py``; only for
 calls that the backend's kernels do); ``auto_state``: (5, C), what automatic limits are computed of

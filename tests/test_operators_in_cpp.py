@@ -1,6 +1,8 @@
 """The operators in C++: the same bits as in Python, and what is left to Python."""
 
 import copy
+import subprocess
+import sys
 import threading
 from unittest import mock
 
@@ -9,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from node_calls import ACTIVATIONS, DTYPES, LAYOUTS, laid_out
+from torch import library
 from torch._inductor import config as inductor_config
 from triton_driver import standing_in
 
 import brn_kernels as brn
-from brn_kernels import cpp, ops
+from brn_kernels import cpp, distributed, ops
 
 pytestmark = pytest.mark.skipif(cpp.module() is None, reason="not built: run `brn build`")
 
@@ -25,7 +28,7 @@ SCHEDULES = {
 IN_PYTHON = {
     ops.forward: torch.ops.brn_kernels.forward_in_python, ops.backward: torch.ops.brn_kernels.backward_in_python
 }  # fmt: skip
-MUTATED = slice(5, 9)
+UPDATED = (*range(5, 9), 17, 18)  # of the forward's arguments
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +41,7 @@ def fresh():
 
 def forward_arguments(
     dtype=torch.float32, layouts=("contiguous", "contiguous"), residual=False, activation=None, affine=True,
-    tracked=True, schedule="open", momentum=0.1, backend="native", shape=(4, 6, 5, 3),
+    tracked=True, schedule="open", momentum=0.1, backend="native", shape=(4, 6, 5, 3), traced=False,
 ):  # fmt: skip
     """Of ``ops.forward``; ``schedule``: a name of ``SCHEDULES``, "tensor" or "auto"."""
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +61,7 @@ def forward_arguments(
     state = torch.zeros(5, 6, dtype=statistics) if schedule == "auto" and tracked else None
     return [
         x, extra, None, weight, bias, *kept, limits, SCHEDULES.get(schedule, SCHEDULES["open"]), momentum, 1e-5,
-        activation, backend, False, None, None, state,
+        activation, backend, traced, None, None, state,
     ]  # fmt: skip
 
 
@@ -74,8 +77,8 @@ def backward_arguments(forward, dy_layout="contiguous", needs_dx=True, needs_dre
 def copied(arguments):
     """With what is updated copied, memory and all."""
     found = list(arguments)
-    for i in (*range(5, 9), 18):
-        if i < len(arguments) and torch.is_tensor(arguments[i]):
+    for i in UPDATED if len(arguments) == 19 else ():
+        if torch.is_tensor(arguments[i]):
             found[i] = arguments[i].clone()
     return found
 
@@ -87,7 +90,7 @@ def result(operator, arguments):
         found = operator(*arguments)
     except Exception as error:  # noqa: BLE001  (any, to be compared)
         return type(error), str(error)
-    updated = [arguments[i] for i in (*range(5, 9), 18)] if len(arguments) == 19 else []
+    updated = [arguments[i] for i in UPDATED] if len(arguments) == 19 else []
     return *found, *[t for t in updated if t is not None]
 
 
@@ -119,11 +122,14 @@ FUSED = st.tuples(st.booleans(), st.sampled_from(ACTIVATIONS))
     dtype=st.sampled_from(DTYPES), memory=st.sampled_from(MEMORY), fused=FUSED, affine=st.booleans(),
     tracked=st.booleans(), schedule=st.sampled_from([*SCHEDULES, "tensor", "auto"]),
     momentum=st.sampled_from([0.1, 1, None]), needs=st.tuples(st.booleans(), st.booleans()),
+    traced=st.booleans(),
 )  # fmt: skip
-def test_the_same_bits_as_in_python(dtype, memory, fused, affine, tracked, schedule, momentum, needs):
+def test_the_same_bits_as_in_python(dtype, memory, fused, affine, tracked, schedule, momentum, needs, traced):
     momentum = 0.1 if momentum is None and not tracked else momentum
     shape, layout = memory
-    forward = forward_arguments(dtype, (layout, layout), *fused, affine, tracked, schedule, momentum, shape=shape)
+    forward = forward_arguments(
+        dtype, (layout, layout), *fused, affine, tracked, schedule, momentum, shape=shape, traced=traced
+    )
     backward = backward_arguments(forward, "as y", needs[0], needs[1] and fused[0])
     for operator, arguments in ((ops.forward, forward), (ops.backward, backward)):
         expected = result(IN_PYTHON[operator], arguments)
@@ -308,6 +314,7 @@ def test_calls_of_another_kind_beside_one_that_has_a_plan():
         forward_arguments(layouts=("channels_last", "contiguous")),
         forward_arguments(activation="relu"),
         forward_arguments(residual=True, activation="relu"),
+        forward_arguments(residual=True, activation="relu", traced=True),
         forward_arguments(residual=True, activation="silu"),
         forward_arguments(residual=True, activation="silu", layouts=("contiguous", "channels_last")),
         forward_arguments(torch.float64),
@@ -328,21 +335,24 @@ def test_calls_of_another_kind_beside_one_that_has_a_plan():
 
 
 def test_many_threads_and_kinds_while_plans_are_forgotten():
-    kinds = [forward_arguments(dtype, momentum=momentum) for dtype in DTYPES for momentum in (0.1, None)]
-    expected = [result(IN_PYTHON[ops.forward], arguments) for arguments in kinds]
+    """Two locks, Python's and that of the plans, were taken in either order: by freeing a plan, by forgetting all."""
+    kinds = []
+    for forward in (forward_arguments(dtype, momentum=momentum) for dtype in DTYPES[:2] for momentum in (0.1, None)):
+        kinds += [(ops.forward, forward), (ops.backward, backward_arguments(forward, "as y"))]
+    expected = [result(IN_PYTHON[operator], arguments) for operator, arguments in kinds]
     right, stop = [], threading.Event()
 
     def work(n):
-        for i in range(100):
-            which = (i + n) % len(kinds)
-            alike(result(ops.forward, kinds[which]), expected[which])
+        for i in range(1000):
+            which = (i + n // 2) % len(kinds)
+            alike(result(*kinds[which]), expected[which])
         right.append(n)
 
     def forget():
         while not stop.is_set():
             cpp.module().forget_operators()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     forgetting = threading.Thread(target=forget)
     for thread in (forgetting, *threads):
         thread.start()
@@ -350,7 +360,36 @@ def test_many_threads_and_kinds_while_plans_are_forgotten():
         thread.join()
     stop.set()
     forgetting.join()
-    assert sorted(right) == [0, 1, 2]
+    assert sorted(right) == [0, 1, 2, 3]
+
+
+def test_nobody_is_given_bits_of_a_trace():
+    forward = forward_arguments(residual=True, activation="relu", traced=True)
+    for operator in (ops.forward, IN_PYTHON[ops.forward], torch.ops.brn_kernels.forward.default):
+        *_, bits = operator(*copied(forward))
+        assert bits.shape == (0,)
+    library.opcheck(ops.forward, copied(forward))
+    of_group = mock.Mock(return_value=(torch.empty(1), torch.empty(1), torch.empty(1)))
+    with mock.patch.object(distributed, "group_of", lambda _: 1), mock.patch.object(distributed, "forward", of_group):
+        assert ops.forward_implementation(*copied(forward))[2] is None
+        forward[15] = False
+        assert ops.forward_implementation(*copied(forward))[2] is not None
+
+
+FIRST = """
+import torch
+from brn_kernels import ops
+x = torch.randn(4, 6)
+arguments = (x, *[None] * 9, [3.0, 5.0, 0.0, 0.0, 0.0], 0.1, 1e-5, None, "native", True)
+before = torch._C._dispatch_dump("brn_kernels::forward")
+ops.forward(*arguments)
+print("operators.cpp" in before, "operators.cpp" in torch._C._dispatch_dump("brn_kernels::forward"))
+"""
+
+
+def test_the_first_operator_that_runs_loads_the_library():
+    run = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
+    assert run.stdout.split() == ["False", "True"], run.stdout + run.stderr
 
 
 class TestTriton:
@@ -382,6 +421,26 @@ class TestTriton:
                 alike(result(operator, arguments), expected)
             assert len(driver.launched) - launched in (1, 2)
 
+    def test_calls_of_another_kind_beside_one_that_has_a_plan(self, driver):
+        """Each in turn, until all of them are C++'s."""
+        kinds = [
+            (ops.forward, forward_arguments(momentum=momentum, backend="triton", **fused))
+            for momentum in (0.1, None)
+            for fused in ({}, {"residual": True, "activation": "relu"})
+        ]
+        kinds.append((ops.forward, [*kinds[1][1]]))
+        kinds[-1][1][15] = True  # traced
+        kinds += [
+            (ops.backward, backward_arguments(kinds[1][1], "as y", *needs))
+            for needs in ((True, True), (True, False), (False, True), (False, False))
+        ]
+        expected = [result(IN_PYTHON[operator], arguments) for operator, arguments in kinds]
+        for _ in range(3):
+            launched = len(driver.launched)
+            for call, each in zip(kinds, expected, strict=True):
+                alike(result(*call), each)
+        assert len(driver.launched) - launched >= len(kinds)
+
     def test_forwards_alone_need_no_backward_to_have_run(self, driver):
         arguments = forward_arguments(backend="triton")
         for _ in range(2):
@@ -399,15 +458,18 @@ class TestTriton:
         alike(result(ops.forward, arguments), expected)
         assert len(driver.launched) == launched
 
-    def test_while_launches_are_profiled_they_are_pythons(self, driver):
+    @pytest.mark.parametrize("operator", [ops.forward, ops.backward], ids=str)
+    def test_while_launches_are_profiled_they_are_pythons(self, driver, operator):
         arguments = forward_arguments(backend="triton")
+        if operator is ops.backward:
+            arguments = backward_arguments(arguments, "as y")
         from brn_kernels.backends.triton import launcher
 
         with mock.patch.object(launcher, "is_profiled", lambda: launched_by_triton):
             launched_by_triton = False
             for _ in range(3):
-                expected = result(ops.forward, arguments)
+                expected = result(operator, arguments)
             launched = len(driver.launched)
             launched_by_triton = True
-            alike(result(ops.forward, arguments), expected)
+            alike(result(operator, arguments), expected)
             assert len(driver.launched) == launched

@@ -297,6 +297,11 @@ def composed(
     return (y if mask is None else torch.where(mask, y, 0)).to(x.dtype)
 
 
+def read_again(residual: Tensor | None, activation: str | None) -> Tensor | None:
+    """The residual, if the backward must read it."""
+    return None if activation is None or keeps_bits(residual, activation) else residual
+
+
 def keeps_bits(residual: Tensor | None, activation: str | None) -> bool:
     """Whether the forward keeps ``bits``, so that the backward needs no residual."""
     return residual is not None and activation == "relu"

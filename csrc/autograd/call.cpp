@@ -6,6 +6,16 @@
 #include <c10/util/hash.h>
 
 namespace brn {
+namespace {
+
+// Whether `is` holds for any of the memory formats of tensors of so many dimensions.
+template <typename Is>
+bool in_a_format(int64_t dimensions, const Is& is) {
+  return is(at::MemoryFormat::Contiguous) || (dimensions == 4 && is(at::MemoryFormat::ChannelsLast)) ||
+         (dimensions == 5 && is(at::MemoryFormat::ChannelsLast3d));
+}
+
+}  // namespace
 
 int64_t activation_of(std::string_view name) {
   constexpr std::array<std::string_view, 4> names = {"relu", "leaky_relu", "silu", "hardswish"};
@@ -53,12 +63,15 @@ bool is_plain(const Tensors& of) {
          (!of[AUTO].defined() || (of[AUTO].dim() == 2 && of[AUTO].is_contiguous()));
 }
 
+bool has_a_format(const Tensor& tensor) {
+  return in_a_format(tensor.dim(), [&](at::MemoryFormat format) { return tensor.is_contiguous(format); });
+}
+
 bool lies_as(const Tensor& dy, const Tensor& y) {
   if (dy.sizes() != y.sizes()) return false;
   if (dy.strides() == y.strides()) return true;
-  const auto both = [&](at::MemoryFormat format) { return dy.is_contiguous(format) && y.is_contiguous(format); };
-  return both(at::MemoryFormat::Contiguous) || (y.dim() == 4 && both(at::MemoryFormat::ChannelsLast)) ||
-         (y.dim() == 5 && both(at::MemoryFormat::ChannelsLast3d));
+  return in_a_format(y.dim(),
+                     [&](at::MemoryFormat format) { return dy.is_contiguous(format) && y.is_contiguous(format); });
 }
 
 void allocate_results(Tensors& of, const std::vector<int64_t>& bits) {
@@ -101,10 +114,10 @@ Kind kind_of_forward(const Call& call) {
   return kind;
 }
 
-std::unique_ptr<Kernels> kernels_of(PyObject* whose_kernels) {
+std::unique_ptr<Kernels> kernels_of(PyObject* made_by) {
   const char* whose = nullptr;
   PyObject* made = nullptr;
-  if (!PyArg_ParseTuple(whose_kernels, "sO!", &whose, &PyTuple_Type, &made)) throw_python_error();
+  if (!PyArg_ParseTuple(made_by, "sO!", &whose, &PyTuple_Type, &made)) throw_python_error();
   if (std::string_view(whose) == "native") return native_kernels(made);
   TORCH_CHECK_VALUE(std::string_view(whose) == "triton", "kernels of whom? ", whose);
   return triton_kernels(made);

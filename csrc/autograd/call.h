@@ -35,6 +35,9 @@ bool are_alike(const Tensors& of, at::ArrayRef<Slot> slots);
 // made.
 bool is_plain(const Tensors& of);
 
+// Whether it is dense in one of PyTorch's memory formats.
+bool has_a_format(const Tensor& tensor);
+
 // Whether dy lies in memory as y does.
 bool lies_as(const Tensor& dy, const Tensor& y);
 

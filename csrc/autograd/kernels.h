@@ -65,7 +65,7 @@ class Kernels {
 // Of the tuples that backends/in_cpp.py makes. They hold what Python objects they need for good.
 std::unique_ptr<Kernels> native_kernels(PyObject* made);
 std::unique_ptr<Kernels> triton_kernels(PyObject* made);
-std::unique_ptr<Kernels> kernels_of(PyObject* whose);  // one of them
+std::unique_ptr<Kernels> kernels_of(PyObject* made_by);  // one of them, with its name: in_cpp.whose
 
 // Python's error, taken along: the exception may be rethrown in another thread.
 [[noreturn]] inline void throw_python_error() {

@@ -1,4 +1,4 @@
-// As in calls.cpp a call finds its plan by its kind, and is Python's where there is none; but no lock of Python's is
+// As in calls.cpp a call finds its plan by its kind, and is Python's where there is none; but Python's lock need not be
 // held here.
 #include "operators.h"
 
@@ -27,20 +27,19 @@ using torch::jit::Stack;
 
 // What follows from the kind of a call, of one direction.
 struct OperatorPlan {
-  PyObject* unless;           // None, or what says whether a call is Python's now; never freed
-  std::vector<int64_t> bits;  // sizes of the packed bits, if there are any
-  Tensor y;                   // without memory
+  PyObject* unless;  // None, or what says whether a call is Python's now; never freed
+  std::vector<int64_t>
+      bits;  // sizes of the packed bits, if there are any: a forward's to come, a backward's given ones
+  Tensor y;  // without memory
   std::unique_ptr<const Kernels> kernels;
 };
-
-using Found = std::shared_ptr<const OperatorPlan>;
 
 // The plans of a direction, and what is asked for new ones.
 class Plans {
  public:
   // Null if there is none. A kind that has none is asked for more and more rarely: there may never be any.
   template <typename Arguments>
-  Found of(const Kind& kind, const Arguments& arguments) {
+  const OperatorPlan* of(const Kind& kind, const Arguments& arguments) {
     uint64_t generation = 0;
     PyObject* prepare = nullptr;
     {
@@ -55,7 +54,8 @@ class Plans {
       prepare = prepare_;
       generation = generation_;
     }
-    Found made = prepared(prepare, arguments);  // takes Python's lock, whose holder may wait for the one above
+    const OperatorPlan* made =
+        prepared(prepare, arguments);  // takes Python's lock, whose holder may wait for the one above
     const std::lock_guard<std::mutex> guard(lock_);
     if (made != nullptr && generation == generation_) kinds_[kind].plan = made;
     return made;
@@ -76,12 +76,12 @@ class Plans {
 
  private:
   struct Entry {
-    Found plan;            // null: none so far
-    uint64_t without = 0;  // calls so far that there was none for
+    const OperatorPlan* plan = nullptr;  // null: none so far; never freed, since calls may be using it
+    uint64_t without = 0;                // calls so far that there was none for
   };
 
   template <typename Arguments>
-  static Found prepared(PyObject* prepare, const Arguments& arguments) {
+  static const OperatorPlan* prepared(PyObject* prepare, const Arguments& arguments) {
     const pybind11::gil_scoped_acquire gil;
     THPObjectPtr given_to_it(arguments());
     if (!given_to_it) throw_python_error();
@@ -93,8 +93,7 @@ class Plans {
       throw_python_error();
     }
     Py_INCREF(unless);
-    return std::make_shared<OperatorPlan>(OperatorPlan{
-        unless, integers(bits), THPVariable_Check(y) ? THPVariable_Unpack(y) : Tensor(), kernels_of(kernels)});
+    return new OperatorPlan{unless, integers(bits), THPVariable_Unpack(y), kernels_of(kernels)};
   }
 
   std::mutex lock_;
@@ -104,7 +103,7 @@ class Plans {
   std::unordered_map<Kind, Entry, Hash> kinds_;
 };
 
-// Never freed, as calls may end after all else has.
+// These are not freed either: calls may end after all else has.
 Plans& forwards = *new Plans;
 Plans& backwards = *new Plans;
 
@@ -203,7 +202,7 @@ bool done(Stack& stack) {
   Kind kind = kind_of_forward(call);
   kind.push_back(from[TRACED].toBool());
   append_text(kind, from[BACKEND].toStringView());
-  const Found plan = forwards.of(kind, [&] { return for_python(from, call); });
+  const OperatorPlan* plan = forwards.of(kind, [&] { return for_python(from, call); });
   if (plan == nullptr || is_pythons_now(*plan)) return false;
   const at::AutoDispatchBelowADInplaceOrView guard;
   Tensors& of = call.tensors;
@@ -244,13 +243,6 @@ bool unpack(const Given& from, Call& call) {
   return dy.defined() && is_dense(saved, {4, channels}) && saved.scalar_type() == statistics_dtype(x);
 }
 
-// Whether it is dense in one of PyTorch's memory formats: a dy that is in another than y must be copied, as a gradient
-// that a compiled graph is given, of an x that the compiler has laid out otherwise.
-bool has_a_format(const Tensor& dy) {
-  return dy.is_contiguous() || (dy.dim() == 4 && dy.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
-         (dy.dim() == 5 && dy.is_contiguous(at::MemoryFormat::ChannelsLast3d));
-}
-
 Kind kind_of(const Given& from, const Call& call) {
   const Tensor &x = call.tensors[X], &residual = call.tensors[RESIDUAL];
   Kind kind = {x.dim(),         x.device().index(),      static_cast<int64_t>(x.key_set().raw_repr()),
@@ -276,13 +268,13 @@ bool done(Stack& stack) {
   Call call;
   if (!unpack(from, call)) return false;
   Tensors& of = call.tensors;
-  const Found plan = backwards.of(kind_of(from, call), [&] { return for_python(from, call); });
+  const OperatorPlan* plan = backwards.of(kind_of(from, call), [&] { return for_python(from, call); });
   const bool fits = plan != nullptr && lies_as(of[DY], plan->y);
   if (plan == nullptr || is_pythons_now(*plan) || !(fits || has_a_format(of[DY]))) return false;
   const Tensor& bits = of[BITS];
   if (bits.defined() && !(bits.scalar_type() == at::kByte && is_dense(bits, plan->bits))) return false;
   const at::AutoDispatchBelowADInplaceOrView guard;
-  if (!fits) of[DY] = at::empty_like(of[X]).copy_(of[DY]);  // as Python would
+  if (!fits) of[DY] = at::empty_like(of[X]).copy_(of[DY]);  // a graph is given one whose x was laid out anew
   allocate_gradients(of, from[NEEDS_DX].toBool(), from[NEEDS_DRESIDUAL].toBool());
   if (!plan->kernels->run(of, nullptr)) return false;
   Tensor dx = or_empty(of[DX], of[X].options()), dresidual = or_empty(of[DRESIDUAL], of[X].options());
