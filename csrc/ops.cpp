@@ -153,6 +153,9 @@ void forward(Tensor x, MaybeTensor residual, Tensor y, MaybeTensor bits, MaybeTe
   const brn::Layout shape = layout_of(layout, x);
   check_saved(saved, x, shape);
   STD_TORCH_CHECK(schedule.size() == 5, "schedule: r_max, d_max, hold, r_ramp, d_ramp");
+  for (size_t i = 2; i < schedule.size(); ++i) {
+    STD_TORCH_CHECK(schedule[i] >= 0 && schedule[i] < 0x1p62, "schedule: hold, r_ramp and d_ramp count batches");
+  }
   STD_TORCH_CHECK(!num_batches_tracked.has_value() || num_batches_tracked->scalar_type() == ScalarType::Long,
                   "num_batches_tracked: int64");
   STD_TORCH_CHECK(!clipped.has_value() || (clipped->scalar_type() == ScalarType::Bool && clipped->is_contiguous() &&

@@ -27,10 +27,9 @@ using torch::jit::Stack;
 
 // What follows from the kind of a call, of one direction.
 struct OperatorPlan {
-  PyObject* unless;  // None, or what says whether a call is Python's now; never freed
-  std::vector<int64_t>
-      bits;  // sizes of the packed bits, if there are any: a forward's to come, a backward's given ones
-  Tensor y;  // without memory
+  PyObject* unless;           // None, or what says whether a call is Python's now; never freed
+  std::vector<int64_t> bits;  // sizes of the packed bits that a forward makes and a backward is given, if any
+  Tensor y;                   // without memory
   std::unique_ptr<const Kernels> kernels;
 };
 
@@ -54,8 +53,8 @@ class Plans {
       prepare = prepare_;
       generation = generation_;
     }
-    const OperatorPlan* made =
-        prepared(prepare, arguments);  // takes Python's lock, whose holder may wait for the one above
+    // This takes Python's lock, whose holder may wait for the one above.
+    const OperatorPlan* made = prepared(prepare, arguments);
     const std::lock_guard<std::mutex> guard(lock_);
     if (made != nullptr && generation == generation_) kinds_[kind].plan = made;
     return made;
@@ -274,7 +273,7 @@ bool done(Stack& stack) {
   const Tensor& bits = of[BITS];
   if (bits.defined() && !(bits.scalar_type() == at::kByte && is_dense(bits, plan->bits))) return false;
   const at::AutoDispatchBelowADInplaceOrView guard;
-  if (!fits) of[DY] = at::empty_like(of[X]).copy_(of[DY]);  // a graph is given one whose x was laid out anew
+  if (!fits) of[DY] = at::empty_like(of[X]).copy_(of[DY]);  // x was laid out anew, the graph's own arguments are not
   allocate_gradients(of, from[NEEDS_DX].toBool(), from[NEEDS_DRESIDUAL].toBool());
   if (!plan->kernels->run(of, nullptr)) return false;
   Tensor dx = or_empty(of[DX], of[X].options()), dresidual = or_empty(of[DRESIDUAL], of[X].options());
