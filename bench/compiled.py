@@ -162,6 +162,8 @@ def launches(
     found: list[Launched] = []
     with _recorded(found):
         y, saved, bits = launch.forward(x, **call)
+        if residual and activation is not None and bits is None:  # a trace gates dy itself
+            activation, residual = None, False
         launch.backward(
             torch.empty_like(y), x, None, None, call["weight"], call["bias"], saved, bits, activation, True, residual
         )  # fmt: skip

@@ -65,6 +65,8 @@ def variants(dtypes: tuple[str, ...]) -> dict[Variant, str]:
         if shape_label in ("channels_last", "contiguous 56x56") and dtype_label == "bf16":
             fused = fused + OTHER_ACTIVATIONS
         calls = [(f"{a or 'no activation'}{' + residual' if r else ''}", a, r, {}) for a, r in fused]
+        if ("relu", True) in fused:
+            calls.append(("relu + residual, in a trace", "relu", True, {"wants_bits": False}))
         if shape_label == "channels_last" and dtype_label == "bf16":
             calls += [(what, None, False, changes) for what, changes in OTHER_CALLS.items()]
         for what, activation, with_residual, changes in calls:
