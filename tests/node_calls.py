@@ -1,6 +1,8 @@
 """Layers and inputs whose calls are in C++ or in Python, for the tests of both."""
 
 import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
@@ -78,3 +80,21 @@ def compared(make, gradients):
     for name, buffer in other.named_buffers():
         assert torch.equal(layer.get_buffer(name), buffer)
     assert layer.num_batches_tracked == 1
+
+
+def at_once(works, meanwhile):
+    """Each of ``works`` in a thread of its own, and ``meanwhile`` again and again until they end; the first error."""
+    ended = threading.Event()
+
+    def go_on():
+        while not ended.is_set():
+            meanwhile()
+
+    with ThreadPoolExecutor(len(works) + 1) as pool:
+        beside = pool.submit(go_on)
+        try:
+            for each in [pool.submit(work) for work in works]:
+                each.result()
+        finally:
+            ended.set()
+    beside.result()

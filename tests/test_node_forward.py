@@ -1,12 +1,12 @@
 """Forwards in C++: which calls they are, and that all others are Python's, its errors included."""
 
 import copy
-import threading
+import functools
 from unittest import mock
 
 import pytest
 import torch
-from node_calls import asked, compared, in_python, is_in_cpp, laid_out, made
+from node_calls import asked, at_once, compared, in_python, is_in_cpp, laid_out, made
 from torch import nn
 
 import brn_kernels as brn
@@ -201,7 +201,7 @@ def test_a_backend_that_is_chosen_meanwhile_is_the_next_calls():
 
 def test_many_threads_and_kinds_and_backends():
     layer, x, _, _ = made()
-    results, stop = [], threading.Event()
+    results = []
 
     def work(n):
         own = copy.deepcopy(layer)
@@ -209,19 +209,11 @@ def test_many_threads_and_kinds_and_backends():
             results.append(torch.is_tensor(own(x[:, :, : 1 + i % 5, : 1 + (i + n) % 3])))
 
     def switch():
-        while not stop.is_set():
-            for name in ("native", "reference"):
-                brn.use_backend(name)
-                node.forget()
+        for name in ("native", "reference"):
+            brn.use_backend(name)
+            node.forget()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    switching = threading.Thread(target=switch)
-    for thread in (switching, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    stop.set()
-    switching.join()
+    at_once([functools.partial(work, n) for n in range(3)], switch)
     assert len(results) == 600 and all(results)
 
 

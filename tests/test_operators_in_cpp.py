@@ -1,34 +1,33 @@
 """The operators in C++: the same bits as in Python, and what is left to Python."""
 
 import copy
+import functools
 import subprocess
 import sys
-import threading
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from node_calls import ACTIVATIONS, DTYPES, LAYOUTS, laid_out
+from node_calls import ACTIVATIONS, DTYPES, LAYOUTS, at_once, laid_out
+from operator_calls import (
+    IN_PYTHON,
+    SCHEDULES,
+    alike,
+    backward_arguments,
+    copied,
+    forward_arguments,
+    result,
+    without_python,
+)
 from torch import library
 from torch._inductor import config as inductor_config
-from triton_driver import standing_in
 
 import brn_kernels as brn
 from brn_kernels import cpp, distributed, ops
 
 pytestmark = pytest.mark.skipif(cpp.module() is None, reason="not built: run `brn build`")
-
-SCHEDULES = {
-    "open": [3.0, 5.0, 0.0, 0.0, 0.0],
-    "ramps": [1.2, 0.3, 1.0, 40.0, 6.0],
-    "closed": [1.0, 0.0, 0.0, 0.0, 0.0],
-}
-IN_PYTHON = {
-    ops.forward: torch.ops.brn_kernels.forward_in_python, ops.backward: torch.ops.brn_kernels.backward_in_python
-}  # fmt: skip
-UPDATED = (*range(5, 9), 17, 18)  # of the forward's arguments
 
 
 @pytest.fixture(autouse=True)
@@ -37,77 +36,6 @@ def fresh():
     yield
     cpp.module().on_new_kinds(cpp.prepare_forward_operator, cpp.prepare_backward_operator, cpp.MOST_KINDS)
     cpp.module().forget_operators()
-
-
-def forward_arguments(
-    dtype=torch.float32, layouts=("contiguous", "contiguous"), residual=False, activation=None, affine=True,
-    tracked=True, schedule="open", momentum=0.1, backend="native", shape=(4, 6, 5, 3), traced=False,
-):  # fmt: skip
-    """Of ``ops.forward``; ``schedule``: a name of ``SCHEDULES``, "tensor" or "auto"."""
-    generator = torch.Generator().manual_seed(0)
-    statistics = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    x = laid_out((normal(*shape) * 2 + 1).to(dtype), layouts[0])
-    extra = laid_out(normal(*shape).to(dtype), layouts[1]) if residual else None
-    weight, bias = (normal(6).to(statistics), normal(6).to(statistics)) if affine else (None, None)
-    kept = [None] * 4
-    if tracked:
-        mean, var = normal(6).to(statistics), normal(6).abs().to(statistics) + 0.5
-        kept = [mean, var, torch.tensor(20), torch.zeros(6, dtype=torch.bool)]
-    limits = torch.tensor([1.3, 0.2], dtype=statistics) if schedule == "tensor" else None
-    state = torch.zeros(5, 6, dtype=statistics) if schedule == "auto" and tracked else None
-    return [
-        x, extra, None, weight, bias, *kept, limits, SCHEDULES.get(schedule, SCHEDULES["open"]), momentum, 1e-5,
-        activation, backend, traced, None, None, state,
-    ]  # fmt: skip
-
-
-def backward_arguments(forward, dy_layout="contiguous", needs_dx=True, needs_dresidual=False):
-    """Of ``ops.backward``, after ``ops.forward`` of those."""
-    x, residual, activation = forward[0], forward[1], forward[13]
-    y, saved, bits = IN_PYTHON[ops.forward](*copied(forward))
-    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
-    dy = torch.empty_like(x).copy_(dy) if dy_layout == "as y" else laid_out(dy, dy_layout)
-    return [dy, x, residual, None, *forward[3:5], saved, bits, activation, needs_dx, needs_dresidual, forward[14], None]
-
-
-def copied(arguments):
-    """With what is updated copied, memory and all."""
-    found = list(arguments)
-    for i in UPDATED if len(arguments) == 19 else ():
-        if torch.is_tensor(arguments[i]):
-            found[i] = arguments[i].clone()
-    return found
-
-
-def result(operator, arguments):
-    """All that it returns and leaves behind, or its error."""
-    arguments = copied(arguments)
-    try:
-        found = operator(*arguments)
-    except Exception as error:  # noqa: BLE001  (any, to be compared)
-        return type(error), str(error)
-    updated = [arguments[i] for i in UPDATED] if len(arguments) == 19 else []
-    return *found, *[t for t in updated if t is not None]
-
-
-def alike(found, expected):
-    assert len(found) == len(expected)
-    for one, another in zip(found, expected, strict=True):
-        if not torch.is_tensor(another):
-            assert one == another
-            continue
-        assert one.dtype == another.dtype and one.stride() == another.stride() and one.shape == another.shape
-        assert torch.equal(one.nan_to_num(), another.nan_to_num())
-
-
-def without_python():
-    """No implementation in Python may be called."""
-    refuse = mock.Mock(side_effect=AssertionError("in Python"))
-    return mock.patch.multiple(ops, forward_implementation=refuse, backward_implementation=refuse)
 
 
 MEMORY = [
@@ -340,27 +268,13 @@ def test_many_threads_and_kinds_while_plans_are_forgotten():
     for forward in (forward_arguments(dtype, momentum=momentum) for dtype in DTYPES[:2] for momentum in (0.1, None)):
         kinds += [(ops.forward, forward), (ops.backward, backward_arguments(forward, "as y"))]
     expected = [result(IN_PYTHON[operator], arguments) for operator, arguments in kinds]
-    right, stop = [], threading.Event()
 
     def work(n):
         for i in range(1000):
             which = (i + n // 2) % len(kinds)
             alike(result(*kinds[which]), expected[which])
-        right.append(n)
 
-    def forget():
-        while not stop.is_set():
-            cpp.module().forget_operators()
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    forgetting = threading.Thread(target=forget)
-    for thread in (forgetting, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    stop.set()
-    forgetting.join()
-    assert sorted(right) == [0, 1, 2, 3]
+    at_once([functools.partial(work, n) for n in range(4)], cpp.module().forget_operators)
 
 
 def test_nobody_is_given_bits_of_a_trace():
@@ -390,86 +304,3 @@ print("operators.cpp" in before, "operators.cpp" in torch._C._dispatch_dump("brn
 def test_the_first_operator_that_runs_loads_the_library():
     run = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
     assert run.stdout.split() == ["False", "True"], run.stdout + run.stderr
-
-
-class TestTriton:
-    """Kernels of Triton's, launched on a stand-in for the driver."""
-
-    pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/gpu launches them there")
-
-    @pytest.fixture
-    def driver(self):
-        pytest.importorskip("triton")
-        with brn.use_backend("triton"), standing_in() as driver:
-            yield driver
-
-    @pytest.mark.parametrize("several", [False, True], ids=["one launch", "two launches"])
-    @pytest.mark.parametrize("fused", [(False, None), (True, "relu"), (False, "silu")])
-    @pytest.mark.parametrize("layout", LAYOUTS[:2])
-    def test_the_same_bits_as_in_python(self, request, several, fused, layout):
-        if several:
-            request.getfixturevalue("tiny_tiles")
-        driver = request.getfixturevalue("driver")
-        forward = forward_arguments(torch.float32, (layout, layout), *fused, schedule="ramps", backend="triton")
-        backward = backward_arguments(forward, "as y", needs_dresidual=fused[0])
-        for operator, arguments in ((ops.forward, forward), (ops.backward, backward)):
-            expected = result(operator, arguments)  # by Triton, since nothing has been compiled so far
-            alike(expected, result(IN_PYTHON[operator], arguments))
-            result(operator, arguments)
-            launched = len(driver.launched)
-            with without_python():
-                alike(result(operator, arguments), expected)
-            assert len(driver.launched) - launched in (1, 2)
-
-    def test_calls_of_another_kind_beside_one_that_has_a_plan(self, driver):
-        """Each in turn, until all of them are C++'s."""
-        kinds = [
-            (ops.forward, forward_arguments(momentum=momentum, backend="triton", **fused))
-            for momentum in (0.1, None)
-            for fused in ({}, {"residual": True, "activation": "relu"})
-        ]
-        kinds.append((ops.forward, [*kinds[1][1]]))
-        kinds[-1][1][15] = True  # traced
-        kinds += [
-            (ops.backward, backward_arguments(kinds[1][1], "as y", *needs))
-            for needs in ((True, True), (True, False), (False, True), (False, False))
-        ]
-        expected = [result(IN_PYTHON[operator], arguments) for operator, arguments in kinds]
-        for _ in range(3):
-            launched = len(driver.launched)
-            for call, each in zip(kinds, expected, strict=True):
-                alike(result(*call), each)
-        assert len(driver.launched) - launched >= len(kinds)
-
-    def test_forwards_alone_need_no_backward_to_have_run(self, driver):
-        arguments = forward_arguments(backend="triton")
-        for _ in range(2):
-            expected = result(ops.forward, arguments)
-        with without_python():
-            alike(result(ops.forward, arguments), expected)
-
-    def test_memory_that_is_not_aligned_is_pythons(self, driver):
-        arguments = forward_arguments(backend="triton")
-        for _ in range(3):
-            expected = result(ops.forward, arguments)
-        arguments[0] = torch.cat([torch.zeros(1), arguments[0].flatten()])[1:].view_as(arguments[0])
-        assert arguments[0].data_ptr() % 16 != 0
-        launched = len(driver.launched)
-        alike(result(ops.forward, arguments), expected)
-        assert len(driver.launched) == launched
-
-    @pytest.mark.parametrize("operator", [ops.forward, ops.backward], ids=str)
-    def test_while_launches_are_profiled_they_are_pythons(self, driver, operator):
-        arguments = forward_arguments(backend="triton")
-        if operator is ops.backward:
-            arguments = backward_arguments(arguments, "as y")
-        from brn_kernels.backends.triton import launcher
-
-        with mock.patch.object(launcher, "is_profiled", lambda: launched_by_triton):
-            launched_by_triton = False
-            for _ in range(3):
-                expected = result(operator, arguments)
-            launched = len(driver.launched)
-            launched_by_triton = True
-            alike(result(operator, arguments), expected)
-            assert len(driver.launched) == launched

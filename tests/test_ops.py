@@ -154,8 +154,9 @@ def test_compiled_training_equals_eager_over_a_moving_ramp_without_recompiling(b
         gradients = [[p.grad for p in net.parameters()] for net in (eager, compiled_net)]
         buffers = [list(net.buffers()) for net in (eager, compiled_net)]
         # kernels that pack bits, which only eager ones do, may add up in another order
+        tolerance = 0 if masked or backend == "reference" else 1e-5
         for found, expected in ((outputs[1:], outputs[:1]), gradients[::-1], buffers[::-1]):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert compiler.frame_count == 1
     assert eager.norm1.num_batches_tracked.item() == 20
 

@@ -4,8 +4,8 @@ A backend is a module of this package with ``forward`` and ``backward`` (signatu
 specification); except for the reference, also ``unusable(device_type)``, which says why it cannot run there, and
 ``is_fused(x, residual, mask, activation)``, which says whether its kernels do such a call or leave it to the reference;
 and ``forward_in_cpp`` and ``backward_in_cpp``, what C++ runs instead (``in_cpp.py``). Of a call that its kernels do,
-``forward`` takes one argument more, ``coefficients``, (3, C), and fills it with the pivot, scale and shift of ``y =
-activation((x - pivot) * scale + shift + residual)``; where there was no residual, ``apply(x, coefficients,
+``forward`` takes one argument more, ``coefficients``, (3, C), and fills it with the pivot, scale and shift of
+``y = activation((x - pivot) * scale + shift + residual)``; where there was no residual, ``apply(x, coefficients,
 activation)`` computes the same y again, to the bit.
 """
 

@@ -2,6 +2,8 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/csrc/utils/object_ptr.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <c10/util/hash.h>
 
@@ -94,6 +96,14 @@ size_t Hash::operator()(const Kind& kind) const {
   size_t found = 0;
   for (const int64_t each : kind) found = c10::hash_combine(found, static_cast<size_t>(each));
   return found;
+}
+
+bool is_pythons_now(PyObject* unless) {
+  if (unless == Py_None) return false;
+  const pybind11::gil_scoped_acquire gil;
+  const THPObjectPtr refused(PyObject_CallNoArgs(unless));
+  if (!refused) throw_python_error();
+  return refused.get() != Py_False;
 }
 
 void append_dtypes(Kind& kind, const Tensors& of, at::ArrayRef<Slot> slots) {

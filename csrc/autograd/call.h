@@ -6,7 +6,10 @@
 #include <c10/util/SmallVector.h>
 
 #include <array>
+#include <bit>
 #include <string_view>
+#include <unordered_map>
+#include <utility>
 
 namespace brn {
 
@@ -57,6 +60,42 @@ using Kind = c10::SmallVector<int64_t, 40>;
 struct Hash {
   size_t operator()(const Kind& kind) const;
 };
+
+// The plans of kinds of calls. None is ever freed: calls and nodes point to them.
+template <typename Plan>
+class Kinds {
+ public:
+  // The plan; or none, and whether to ask for one. That is said more and more rarely: preparing one takes time, and
+  // there may never be any. Of further kinds than so many there is none.
+  std::pair<const Plan*, bool> find(const Kind& kind, size_t most) {
+    auto found = of_.find(kind);
+    if (found == of_.end()) {
+      if (of_.size() >= most) return {nullptr, false};
+      found = of_.emplace(kind, Entry{}).first;
+    }
+    Entry& entry = found->second;
+    return {entry.plan, entry.plan == nullptr && std::has_single_bit(++entry.without)};
+  }
+
+  // From now on, unless another thread was faster.
+  void keep(const Kind& kind, const Plan* plan) {
+    Entry& entry = of_[kind];
+    if (entry.plan == nullptr) entry.plan = plan;
+  }
+
+  void forget() { of_.clear(); }
+
+ private:
+  struct Entry {
+    const Plan* plan = nullptr;
+    uint64_t without = 0;  // calls so far that there was none for
+  };
+
+  std::unordered_map<Kind, Entry, Hash> of_;
+};
+
+// Of a plan's `unless`, which is None, or what says whether a call is Python's now.
+bool is_pythons_now(PyObject* unless);
 
 void append_dtypes(Kind& kind, const Tensors& of, at::ArrayRef<Slot> slots);
 

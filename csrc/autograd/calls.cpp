@@ -13,7 +13,6 @@
 
 #include <array>
 #include <bit>
-#include <unordered_map>
 #include <utility>
 
 namespace brn {
@@ -23,15 +22,10 @@ namespace {
 constexpr size_t SCHEDULE = given.size(), MOMENTUM = SCHEDULE + 1, EPS = MOMENTUM + 1, ACTIVATION = EPS + 1,
                  ARGUMENTS = ACTIVATION + 1;
 
-struct Entry {
-  std::unique_ptr<const Plan> plan;  // null: none so far
-  uint64_t without = 0;              // calls so far that there was none for
-};
-
 struct Plans {
   PyObject* observers;  // a list: who wants to know what calls find (observe.py)
   size_t most;
-  std::unordered_map<Kind, Entry, Hash> of;
+  Kinds<Plan> of;
 };
 
 int64_t activation_in(PyObject* name) {
@@ -112,8 +106,7 @@ PyObject* new_plans(PyObject*, PyObject* arguments) {
 }
 
 // forward(plans, *call) -> y, its statistics updated; or, and nothing done, None: it is Python's; NotImplemented: it is
-// Python's, and there is no plan for such calls so far. That is said more and more rarely: preparing one takes time,
-// and there may never be any.
+// Python's, and there is no plan for such calls so far, which may be changed (Kinds).
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 1 + ARGUMENTS, "expected plans and the arguments of a call");
@@ -121,22 +114,9 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (plans == nullptr) return nullptr;
   Call call;
   if (!unpack(arguments + 1, call) || !is_plain(call.tensors) || !is_ordinary(*plans)) Py_RETURN_NONE;
-  Kind kind = kind_of(call);
-  auto found = plans->of.find(kind);
-  if (found == plans->of.end()) {
-    if (plans->of.size() >= plans->most) Py_RETURN_NONE;
-    found = plans->of.emplace(std::move(kind), Entry{}).first;
-  }
-  const Plan* plan = found->second.plan.get();
-  if (plan == nullptr) {
-    if (std::has_single_bit(++found->second.without)) Py_RETURN_NOTIMPLEMENTED;
-    Py_RETURN_NONE;
-  }
-  if (plan->unless != Py_None) {
-    const THPObjectPtr refused(PyObject_CallNoArgs(plan->unless));
-    if (!refused) return nullptr;
-    if (refused.get() != Py_False) Py_RETURN_NONE;
-  }
+  const auto [plan, asks] = plans->of.find(kind_of(call), plans->most);
+  if (asks) Py_RETURN_NOTIMPLEMENTED;
+  if (plan == nullptr || is_pythons_now(plan->unless)) Py_RETURN_NONE;
   Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;
@@ -171,8 +151,7 @@ PyObject* prepare(PyObject*, PyObject* arguments) {
                                   needs_dresidual != 0, integers(bits), kernels_of(forward), kernels_of(backward)});
   Py_INCREF(gradients);
   Py_INCREF(unless);
-  Entry& entry = plans->of[kind_of(call)];
-  if (entry.plan == nullptr) entry.plan = std::move(plan);  // else nodes point to another thread's, which was faster
+  plans->of.keep(kind_of(call), plan.release());
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }

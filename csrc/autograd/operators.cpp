@@ -13,11 +13,9 @@
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/library.h>
 
-#include <bit>
 #include <mutex>
 #include <optional>
 #include <string>
-#include <unordered_map>
 #include <utility>
 
 namespace brn {
@@ -36,27 +34,18 @@ struct OperatorPlan {
 // The plans of a direction, and what is asked for new ones.
 class Plans {
  public:
-  // Null if there is none. A kind that has none is asked for more and more rarely: there may never be any.
+  // Null if there is none.
   template <typename Arguments>
   const OperatorPlan* of(const Kind& kind, const Arguments& arguments) {
-    uint64_t generation = 0;
-    PyObject* prepare = nullptr;
-    {
-      const std::lock_guard<std::mutex> guard(lock_);
-      auto found = kinds_.find(kind);
-      if (found == kinds_.end()) {
-        if (kinds_.size() >= most_) return nullptr;
-        found = kinds_.emplace(kind, Entry{}).first;
-      }
-      if (found->second.plan != nullptr) return found->second.plan;
-      if (prepare_ == nullptr || !std::has_single_bit(++found->second.without)) return nullptr;
-      prepare = prepare_;
-      generation = generation_;
-    }
-    // This takes Python's lock, whose holder may wait for the one above.
+    std::unique_lock<std::mutex> guard(lock_);
+    const auto [plan, asks] = kinds_.find(kind, most_);
+    if (!asks) return plan;
+    PyObject* const prepare = prepare_;
+    const uint64_t generation = generation_;
+    guard.unlock();  // this takes Python's, whose holder may wait for it
     const OperatorPlan* made = prepared(prepare, arguments);
-    const std::lock_guard<std::mutex> guard(lock_);
-    if (made != nullptr && generation == generation_) kinds_[kind].plan = made;
+    guard.lock();
+    if (made != nullptr && generation == generation_) kinds_.keep(kind, made);
     return made;
   }
 
@@ -69,16 +58,11 @@ class Plans {
 
   void forget() {
     const std::lock_guard<std::mutex> guard(lock_);
-    kinds_.clear();
+    kinds_.forget();
     ++generation_;
   }
 
  private:
-  struct Entry {
-    const OperatorPlan* plan = nullptr;  // null: none so far; never freed, since calls may be using it
-    uint64_t without = 0;                // calls so far that there was none for
-  };
-
   template <typename Arguments>
   static const OperatorPlan* prepared(PyObject* prepare, const Arguments& arguments) {
     const pybind11::gil_scoped_acquire gil;
@@ -97,9 +81,9 @@ class Plans {
 
   std::mutex lock_;
   PyObject* prepare_ = nullptr;
-  size_t most_ = 0;
+  size_t most_ = 0;  // 0: nobody has said what to ask
   uint64_t generation_ = 0;
-  std::unordered_map<Kind, Entry, Hash> kinds_;
+  Kinds<OperatorPlan> kinds_;
 };
 
 // These are not freed either: calls may end after all else has.
@@ -127,14 +111,6 @@ PyObject* text_or_none(const c10::IValue& value) {
 }
 
 void append_text(Kind& kind, std::string_view text) { kind.append(text.begin(), text.end()); }
-
-bool is_pythons_now(const OperatorPlan& plan) {
-  if (plan.unless == Py_None) return false;
-  const pybind11::gil_scoped_acquire gil;
-  const THPObjectPtr refused(PyObject_CallNoArgs(plan.unless));
-  if (!refused) throw_python_error();
-  return refused.get() != Py_False;
-}
 
 Tensor or_empty(Tensor& tensor, const at::TensorOptions& options) {
   return tensor.defined() ? std::move(tensor) : at::empty({0}, options);
@@ -202,7 +178,7 @@ bool done(Stack& stack) {
   kind.push_back(from[TRACED].toBool());
   append_text(kind, from[BACKEND].toStringView());
   const OperatorPlan* plan = forwards.of(kind, [&] { return for_python(from, call); });
-  if (plan == nullptr || is_pythons_now(*plan)) return false;
+  if (plan == nullptr || is_pythons_now(plan->unless)) return false;
   const at::AutoDispatchBelowADInplaceOrView guard;
   Tensors& of = call.tensors;
   allocate_results(of, plan->bits);
@@ -269,7 +245,7 @@ bool done(Stack& stack) {
   Tensors& of = call.tensors;
   const OperatorPlan* plan = backwards.of(kind_of(from, call), [&] { return for_python(from, call); });
   const bool fits = plan != nullptr && lies_as(of[DY], plan->y);
-  if (plan == nullptr || is_pythons_now(*plan) || !(fits || has_a_format(of[DY]))) return false;
+  if (plan == nullptr || is_pythons_now(plan->unless) || !(fits || has_a_format(of[DY]))) return false;
   const Tensor& bits = of[BITS];
   if (bits.defined() && !(bits.scalar_type() == at::kByte && is_dense(bits, plan->bits))) return false;
   const at::AutoDispatchBelowADInplaceOrView guard;
