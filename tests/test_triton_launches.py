@@ -20,13 +20,16 @@ def test_the_tiny_tiles_are_several(tiny_tiles):
 @given(
     channels_last=st.booleans(), outer=st.integers(1, 10**6), channels=st.integers(1, 3000),
     positions=st.integers(1, 20000), itemsize=st.sampled_from([2, 4, 8]), multiprocessors=st.integers(1, 200),
-    has_bits=st.booleans(),
+    has_bits=st.booleans(), apart=st.sampled_from([1, 1000, 10**6]),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_launches_cover_everything_once(channels_last, outer, channels, positions, itemsize, multiprocessors, has_bits):
+def test_launches_cover_everything_once(
+    channels_last, outer, channels, positions, itemsize, multiprocessors, has_bits, apart
+):
     shape = layout.Layout(channels_last, outer, channels, channels if channels_last else positions)
-    strides = (channels,) if channels_last else (channels * positions, positions)
+    strides = (channels * apart,) if channels_last else (channels * positions * apart, positions)
     it = config.launch_for("forward", shape, itemsize, strides, multiprocessors, has_bits=has_bits)
+    assert it.outer == 1 or (it.outer - 1) * strides[0] + config.MAX_COLUMNS <= 2**31
     assert it.outer & (it.outer - 1) == 0 and it.inner & (it.inner - 1) == 0 and it.inner >= 8
     assert it.items == -(-shape.outer // it.outer) * it.chunks
     assert (it.splits - 1) * it.items_per_split < it.items <= it.splits * it.items_per_split

@@ -50,8 +50,8 @@ SETTINGS = {
     ("backward", "contiguous"): Settings(warps=4, accesses=2, programs=5),
     ("backward", "side by side"): Settings(warps=4, accesses=4, programs=4),
 }
-# Narrow accesses, float64, packing bits, half-precision planes side by side, the derivatives of smooth activations, and
-# both passes in one launch (but for float32 planes side by side, backward) need more registers
+# Narrow accesses, float64, half-precision planes side by side, the derivatives of smooth activations, and both passes
+# in one launch (but for float32 planes side by side, backward) need more registers
 WARPS_OF_MANY_REGISTERS = 8  # of all programs on a multiprocessor
 
 
@@ -77,7 +77,6 @@ RESIDENCE = {
     ("backward", "narrow"): Residence(2**12, 4, 4, most_warps=16, programs=2),
 }
 SECTOR_BYTES = 32  # what memory is read by
-MAX_RESIDENT_OFFSET = 2**31  # of what is held: counted in 32 bits, which take fewer registers
 
 MAX_INNER_CHANNELS_LAST = 64  # 128-byte rows in half precision: whole cache lines, and enough channel tiles
 MIN_INNER = 8  # a byte of packed bits
@@ -86,8 +85,10 @@ MAX_DEAD_LANES = 0.125  # of a contiguous tile, beyond the end of a plane
 MERGED_BYTES = 4096  # of partial results that a program reads at a time: each time costs a trip to L2, some 0.65 us
 DIRECT_TRIPS = 3  # by which one program merges all; for more, several do that side by side, and then one their results
 
-# of a row, and channels: columns and the workspace are counted in 32 bits (rows in 64, but for what is held)
+# of a row, and channels: columns and the workspace are counted in 32 bits
 MAX_COLUMNS = 2**28
+# of a tile's rows, and of its last element from its first: counted in 32 bits, from where the tile begins in 64
+MAX_OFFSET = 2**31 - MAX_COLUMNS
 MAX_WAVES = 8  # of programs
 ITEMS_WITHOUT_SPLIT = 4  # so few take about as long as another launch
 SECOND_LAUNCH = 2  # its cost and that of merging, in items of a full wave
@@ -173,9 +174,9 @@ def launch_for(
         smooth: it computes a smooth activation, or its derivative.
         may_be_resident: it gathers statistics; one that only writes has nothing to hold.
     """
-    many_registers = has_bits if direction == "forward" else smooth
+    smooth_derivative = smooth and direction == "backward"
     if may_be_resident:
-        resident = _resident(direction, layout, itemsize, strides, multiprocessors, many_registers or has_bits)
+        resident = _resident(direction, layout, itemsize, strides, multiprocessors, smooth_derivative or has_bits)
         if resident is not None:
             return resident
     access = max(1, ACCESS_BYTES // itemsize)
@@ -195,7 +196,7 @@ def launch_for(
     vector = _common_vector(access, (layout.inner, *strides))
     if direction == "forward" and not layout.channels_last and layout.channels > multiprocessors * settings.programs:
         settings = _smaller(settings, layout.channels / multiprocessors)
-    if many_registers or vector < access or itemsize == 8 or (side_by_side > 1 and itemsize == 2):
+    if smooth_derivative or vector < access or itemsize == 8 or (side_by_side > 1 and itemsize == 2):
         settings = _of_many_registers(settings)
     per_thread = settings.accesses * access if vector == access else min(settings.accesses * access, MAX_NARROW)
     elements = settings.warps * 32 * per_thread
@@ -208,7 +209,7 @@ def launch_for(
         inner = _inner_of_plane(layout.inner, elements)
         chunks = -(-layout.inner // inner)
     channel_tiles = -(-layout.channels // tile_channels)
-    outer = min(elements // inner, _power_of_2(layout.outer))
+    outer = min(elements // inner, _power_of_2(layout.outer), _rows_in_32_bits(layout, strides))
     items = -(-layout.outer // outer) * chunks
     splits = _split(items, channel_tiles, multiprocessors * settings.programs)
     if splits == 1 and (direction, kind) != ("backward", "side by side"):  # there it has room for both passes
@@ -257,9 +258,7 @@ def _resident(
     else:
         inner = max(_power_of_2(layout.inner), MIN_INNER)
     values = outer * inner
-    last = outer * max(strides[::2]) + layout.channels * max(strides[1::2], default=0)
-    last_bits = outer * (1 if layout.channels_last else layout.channels) * -(-layout.inner // 8)
-    if values > most or max(last, last_bits) >= MAX_RESIDENT_OFFSET:
+    if values > most or outer > _rows_in_32_bits(layout, strides):
         return None
     tile_channels = inner if layout.channels_last else 1
     channel_tiles = -(-layout.channels // tile_channels)
@@ -279,6 +278,12 @@ def _resident(
         max_registers=Settings(warps, 1, 1 if many_registers or itemsize == 8 else residence.programs).registers,
         num_warps=warps,
     )
+
+
+def _rows_in_32_bits(layout: Layout, strides: tuple[int, ...]) -> int:
+    """The most rows of a tile, a power of 2, in tensors of these strides and in packed bits."""
+    bytes_of_bits = (1 if layout.channels_last else layout.channels) * -(-layout.inner // 8)
+    return 1 << max(1, MAX_OFFSET // max(bytes_of_bits, *strides)).bit_length() - 1
 
 
 def _of_many_registers(settings: Settings) -> Settings:

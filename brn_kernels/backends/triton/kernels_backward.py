@@ -31,10 +31,9 @@ from .kernels_common import (
     in_groups,
     items_of,
     locate,
-    locate_resident,
     number,
-    offsets,
     over_planes,
+    pointers,
     unpack,
 )
 
@@ -66,31 +65,29 @@ def load_item(
     dy_ptr, x_ptr, bits_ptr, item, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks, row_bytes,
     plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
     ACC: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    CT: tl.constexpr, VECTOR: tl.constexpr, RESIDENT: tl.constexpr = False,
+    CT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Rows, columns and existence of a work item; its dy' and x - batch_mean, (OUTER, INNER)."""
-    if RESIDENT:
-        rows, columns, m_exists = locate_resident(tile, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
-    else:
-        rows, columns, m_exists = locate(
-            item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
-        )  # fmt: skip
-    o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
-    o_dy = offsets(rows, columns, tile, dy_outer_v, dy_channel_v, VECTOR, CHANNELS_LAST)
-    b_x = tl.load(x_ptr + o_x, mask=m_exists, other=0.0).to(ACC)
-    b_dy = tl.load(dy_ptr + o_dy, mask=m_exists, other=0.0).to(ACC)
+    """Where a work item lies and which of its elements exist; its dy' and x - batch_mean, (OUTER, INNER)."""
+    first_row, rows, columns, m_exists = locate(
+        item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
+    )  # fmt: skip
+    p_x = pointers(x_ptr, first_row, rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
+    p_dy = pointers(dy_ptr, first_row, rows, columns, tile, dy_outer_v, dy_channel_v, VECTOR, CHANNELS_LAST)
+    b_x = tl.load(p_x, mask=m_exists, other=0.0).to(ACC)
+    b_dy = tl.load(p_dy, mask=m_exists, other=0.0).to(ACC)
     b_centered = b_x - batch_mean[None, :]
     if ACTIVATION == SILU:  # beyond the tensor x is 0, maybe so far from the mean that the derivative there is NaN
         b_centered = tl.where(m_exists, b_centered, 0.0)
     if bits_ptr is not None:
         p_bits, m_bytes = bits_pointers(
-            bits_ptr, rows, tile, item, chunks, outer_size, channels, row_bytes, CHANNELS_LAST, INNER
+            bits_ptr, first_row, tile, item, chunks, outer_size, channels, row_bytes,
+            VECTOR, CHANNELS_LAST, OUTER, INNER,
         )  # fmt: skip
-        b_dy = tl.where(unpack(tl.load(p_bits, mask=m_bytes, other=0), OUTER, INNER), b_dy, 0.0)
+        b_dy = tl.where(unpack(tl.load(p_bits, mask=m_bytes, other=0), VECTOR, OUTER, INNER), b_dy, 0.0)
     elif ACTIVATION != NONE:
         b_z = tl.fma(b_centered, scale[None, :], shift[None, :])
         b_dy = activation_backward(b_dy, b_z, ACTIVATION)
-    return rows, columns, m_exists, b_dy, b_centered
+    return first_row, rows, columns, m_exists, b_dy, b_centered
 
 
 @triton.jit
@@ -111,7 +108,7 @@ def reduce_split(
     first, apart, its_items = items_of(split, splits, items, CHANNELS_LAST)
     for done in range(0, its_items):
         item = first + done * apart
-        _, _, _, b_dy, b_centered = load_item(
+        _, _, _, _, b_dy, b_centered = load_item(
             dy_ptr, x_ptr, bits_ptr, item, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks,
             row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
             ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
@@ -178,30 +175,32 @@ def apply_split(
     first, apart, its_items = items_of(split, splits, items, CHANNELS_LAST)
     for done in range(0, its_items):
         item = first + (its_items - 1 - done) * apart
-        rows, columns, m_exists, b_dy, b_centered = load_item(
+        first_row, rows, columns, m_exists, b_dy, b_centered = load_item(
             dy_ptr, x_ptr, bits_ptr, item, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks,
             row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
             ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
         )  # fmt: skip
         write(
-            b_dy, b_centered, rows, columns, m_exists, tile, mean_dy, slope, scale, dx_ptr, dresidual_ptr,
+            b_dy, b_centered, first_row, rows, columns, m_exists, tile, mean_dy, slope, scale, dx_ptr, dresidual_ptr,
             dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v, VECTOR, CHANNELS_LAST,
         )  # fmt: skip
 
 
 @triton.jit
 def write(
-    b_dy, b_centered, rows, columns, m_exists, tile, mean_dy, slope, scale, dx_ptr, dresidual_ptr,
+    b_dy, b_centered, first_row, rows, columns, m_exists, tile, mean_dy, slope, scale, dx_ptr, dresidual_ptr,
     dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Dx and dresidual of a work item."""
     if dx_ptr is not None:
         b_dx = scale[None, :] * (b_dy - mean_dy[None, :] - b_centered * slope[None, :])
-        o_dx = offsets(rows, columns, tile, dx_outer_v, dx_channel_v, VECTOR, CHANNELS_LAST)
-        tl.store(dx_ptr + o_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_exists)
+        p_dx = pointers(dx_ptr, first_row, rows, columns, tile, dx_outer_v, dx_channel_v, VECTOR, CHANNELS_LAST)
+        tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_exists)
     if dresidual_ptr is not None:
-        o_dresidual = offsets(rows, columns, tile, dresidual_outer_v, dresidual_channel_v, VECTOR, CHANNELS_LAST)
-        tl.store(dresidual_ptr + o_dresidual, b_dy.to(dresidual_ptr.dtype.element_ty), mask=m_exists)
+        p_dresidual = pointers(
+            dresidual_ptr, first_row, rows, columns, tile, dresidual_outer_v, dresidual_channel_v, VECTOR, CHANNELS_LAST
+        )  # fmt: skip
+        tl.store(p_dresidual, b_dy.to(dresidual_ptr.dtype.element_ty), mask=m_exists)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -304,14 +303,14 @@ def resident_backward_kernel(
     tile = tl.program_id(0)
     o_channels = tile * CT + tl.arange(0, CT)
     batch_mean, inv_std, scale, shift = channel_values(saved_ptr, weight_ptr, bias_ptr, o_channels, channels, ACC)
-    rows, columns, m_exists, b_dy, b_centered = load_item(
+    first_row, rows, columns, m_exists, b_dy, b_centered = load_item(
         dy_ptr, x_ptr, bits_ptr, 0, tile, batch_mean, scale, shift, outer_size, channels, inner_v, chunks,
         row_bytes, plane, dy_outer_v, dy_channel_v, x_outer_v, x_channel_v,
-        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR, RESIDENT=True,
+        ACC, ACTIVATION, CHANNELS_LAST, OUTER, INNER, CT, VECTOR,
     )  # fmt: skip
     s1, s2 = in_channels(b_dy, CHANNELS_LAST), in_channels(b_dy * b_centered, CHANNELS_LAST) * inv_std
     mean_dy, slope = finish(s1, s2, o_channels, saved_ptr, dweight_ptr, dbias_ptr, channels, values, ACC)
     write(
-        b_dy, b_centered, rows, columns, m_exists, tile, mean_dy, slope, scale, dx_ptr, dresidual_ptr,
+        b_dy, b_centered, first_row, rows, columns, m_exists, tile, mean_dy, slope, scale, dx_ptr, dresidual_ptr,
         dx_outer_v, dx_channel_v, dresidual_outer_v, dresidual_channel_v, VECTOR, CHANNELS_LAST,
     )  # fmt: skip

@@ -74,45 +74,45 @@ def locate(
     item, tile, chunks, outer_size, inner_v, plane, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
-    """Where a work item lies: its rows, in 64 bits, its columns, and which of its elements exist.
+    """Where a work item lies: its first row, in 64 bits, rows from there, columns, and which of its elements exist.
 
-    Shapes (OUTER, 1), (1, INNER), (OUTER, INNER). None exist of an item beyond the last.
+    Shapes (), (OUTER, 1), (1, INNER), (OUTER, INNER). None exist of an item beyond the last.
     """
-    columns = tl.arange(0, INNER)
+    rows, columns = tl.arange(0, OUTER), tl.arange(0, INNER)
     inner_size = inner_v * VECTOR
     if CHANNELS_LAST:
-        rows = tl.cast(item, tl.int64) * OUTER + tl.arange(0, OUTER)
+        first_row = tl.cast(item, tl.int64) * OUTER
         if CT == INNER:
             columns += tile * INNER
         else:
-            columns += tile * (CT * plane)
-            inner_size = (tile + 1) * (CT * plane)
+            columns += tl.multiple_of(tile * (CT * plane), VECTOR)
+            inner_size = tl.multiple_of((tile + 1) * (CT * plane), VECTOR)
     else:
-        rows = tl.cast(item // chunks, tl.int64) * OUTER + tl.arange(0, OUTER)
+        first_row = tl.cast(item // chunks, tl.int64) * OUTER
         columns += (item % chunks) * INNER
     rows, columns = rows[:, None], columns[None, :]
-    return rows, columns, (rows < outer_size) & (columns < inner_size)
+    return first_row, rows, columns, rows_exist(first_row, rows, outer_size, OUTER) & (columns < inner_size)
 
 
 @triton.jit
-def offsets(rows, columns, tile, outer_stride_v, channel_stride_v, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Where a work item lies in a tensor, as wide as ``rows``. Strides come divided by VECTOR: it is seen to divide."""
-    o_rows = rows * (tl.cast(outer_stride_v, rows.dtype) * VECTOR)
-    if not CHANNELS_LAST:
-        o_rows += tl.cast(tile, rows.dtype) * (tl.cast(channel_stride_v, rows.dtype) * VECTOR)
-    return o_rows + columns
+def rows_exist(first_row, rows, outer_size, OUTER: tl.constexpr):
+    """Which rows of a work item exist."""
+    return rows < tl.cast(tl.minimum(outer_size - first_row, OUTER), tl.int32)
 
 
 @triton.jit
-def locate_resident(
-    tile, outer_size, inner_v, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr,
-    INNER: tl.constexpr,
+def pointers(
+    ptr, first_row, rows, columns, tile, outer_stride_v, channel_stride_v, VECTOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """``locate`` of the one item of a channel tile, with rows in 32 bits (MAX_RESIDENT_OFFSET)."""
-    rows, columns = tl.arange(0, OUTER)[:, None], tl.arange(0, INNER)[None, :]
-    if CHANNELS_LAST:
-        columns += tile * INNER
-    return rows, columns, (rows < outer_size) & (columns < inner_v * VECTOR)
+    """Where a work item lies in a tensor. Strides come divided by VECTOR: it is seen to divide.
+
+    Where it begins is counted in 64 bits, once for all threads, and its elements from there in 32 (``MAX_OFFSET``).
+    """
+    start = first_row * (tl.cast(outer_stride_v, tl.int64) * VECTOR)
+    if not CHANNELS_LAST:
+        start += tl.cast(tile, tl.int64) * (tl.cast(channel_stride_v, tl.int64) * VECTOR)
+    return (ptr + start) + (rows * (tl.cast(outer_stride_v, tl.int32) * VECTOR) + columns)
 
 
 @triton.jit
@@ -233,28 +233,51 @@ def activation_backward(b_dy, b_z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def bits_pointers(
-    bits_ptr, rows, tile, item, chunks, outer_size, channels, row_bytes,
-    CHANNELS_LAST: tl.constexpr, INNER: tl.constexpr,
+    bits_ptr, first_row, tile, item, chunks, outer_size, channels, row_bytes,
+    VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """(OUTER, INNER / 8) pointers to a tile's packed bits (``layout.bits_shape``), and which bytes exist."""
+    """A pointer to the packed bits (``layout.bits_shape``) of each access, and which exist, (OUTER * INNER / VECTOR,).
+
+    So the thread that has the elements has their bits too. In one dimension, lest the compiler turn rows and columns.
+    """
+    accesses = tl.arange(0, OUTER * INNER // VECTOR)
+    rows, o_bytes = accesses // (INNER // VECTOR), accesses % (INNER // VECTOR) // (8 // VECTOR)
     if CHANNELS_LAST:
-        o_bytes = tile * (INNER // 8) + tl.arange(0, INNER // 8)
-        o_rows = rows
+        o_bytes += tile * (INNER // 8)
+        apart = row_bytes
     else:
-        o_bytes = tl.cast(tl.cast(item, tl.int64) % chunks, tl.int32) * (INNER // 8) + tl.arange(0, INNER // 8)
-        o_rows = rows * channels + tile
-    return bits_ptr + o_rows * row_bytes + o_bytes[None, :], (rows < outer_size) & (o_bytes < row_bytes)[None, :]
+        o_bytes += tl.cast(item % chunks, tl.int32) * (INNER // 8)
+        apart = channels * row_bytes
+        bits_ptr += tl.cast(tile, tl.int64) * row_bytes
+    p_bits = (bits_ptr + first_row * apart) + (rows * apart + o_bytes)
+    return p_bits, rows_exist(first_row, rows, outer_size, OUTER) & (o_bytes < row_bytes)
 
 
 @triton.jit
-def pack(b_bits, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """Zeros and ones (OUTER, INNER) as bytes (OUTER, INNER / 8), the first in the lowest bit."""
-    eights = tl.reshape(b_bits, (OUTER, INNER // 8, 8))
-    return tl.sum(eights << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+def bit_numbers(VECTOR: tl.constexpr, INNER: tl.constexpr):
+    """(1, INNER / VECTOR, VECTOR): the bit of each column in its byte, the first in the lowest."""
+    numbers = tl.arange(0, VECTOR)[None, None, :]
+    if VECTOR < 8:
+        numbers += (tl.arange(0, INNER // VECTOR) % (8 // VECTOR) * VECTOR)[None, :, None]
+    return numbers
 
 
 @triton.jit
-def unpack(b_bytes, OUTER: tl.constexpr, INNER: tl.constexpr):
+def pack(b_bits, VECTOR: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """Booleans (OUTER, INNER) as bytes, for each access that of which it has a part: (OUTER * INNER / VECTOR,)."""
+    b_weights = tl.where(tl.reshape(b_bits, (OUTER, INNER // VECTOR, VECTOR)), 1 << bit_numbers(VECTOR, INNER), 0)
+    b_bytes = tl.reshape(tl.sum(b_weights, 2), (OUTER * INNER // VECTOR,))
+    if VECTOR < 8:
+        b_whole = tl.sum(tl.reshape(b_bytes, (OUTER * INNER // 8, 8 // VECTOR)), 1)
+        b_bytes = tl.reshape(
+            tl.broadcast_to(b_whole[:, None], (OUTER * INNER // 8, 8 // VECTOR)), (OUTER * INNER // VECTOR,)
+        )  # fmt: skip
+    return b_bytes.to(tl.uint8)
+
+
+@triton.jit
+def unpack(b_bytes, VECTOR: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):
     """The inverse of ``pack``."""
-    eights = (b_bytes.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.reshape(eights, (OUTER, INNER)) != 0
+    b_bytes = tl.reshape(b_bytes.to(tl.int32), (OUTER, INNER // VECTOR))
+    b_bits = (b_bytes[:, :, None] >> bit_numbers(VECTOR, INNER)) & 1
+    return tl.reshape(b_bits, (OUTER, INNER)) != 0

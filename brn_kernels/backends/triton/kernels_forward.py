@@ -30,10 +30,9 @@ from .kernels_common import (
     in_groups,
     items_of,
     locate,
-    locate_resident,
     number,
-    offsets,
     pack,
+    pointers,
     values_of,
 )
 from .kernels_limits import limits_now
@@ -100,7 +99,7 @@ def stream_kernel(
     s2 = tl.zeros([ROWS, COLUMNS], ACC)
     count = tl.full([], 0, tl.int64)
     m_all = tl.full([1, 1], 1, tl.int1)
-    for done in range(0, its_items):
+    for done in tl.range(0, its_items, disable_licm=True):
         item = first + done * apart
         b_x = b_next.to(ACC)
         following = tl.where(done + 1 < its_items, item + apart, items)  # none after the last
@@ -108,13 +107,13 @@ def stream_kernel(
             x_ptr, following, tile, chunks, outer_size, inner_v, plane, x_outer_v, x_channel_v, VECTOR,
             CHANNELS_LAST, OUTER, INNER, CT,
         )  # fmt: skip
-        rows, columns, m_exists = locate(
+        first_row, rows, columns, m_exists = locate(
             item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
         )  # fmt: skip
         if residual_ptr is not None:
             b_residual = load_residual(
-                residual_ptr, rows, columns, tile, m_exists & speculates, residual_outer_v, residual_channel_v,
-                VECTOR, CHANNELS_LAST,
+                residual_ptr, first_row, rows, columns, tile, m_exists & speculates, residual_outer_v,
+                residual_channel_v, VECTOR, CHANNELS_LAST,
             )  # fmt: skip
         b_centered = tl.where(m_exists, b_x - origin[None, :], 0.0)
         s1 += in_groups(b_centered, CHANNELS_LAST, OUTER, INNER, GROUP, GROUP_ROWS)
@@ -125,8 +124,8 @@ def stream_kernel(
             b_z += b_residual.to(ACC)
         if speculates:
             write(
-                b_z, rows, columns, m_exists, m_all, item, tile, y_ptr, bits_ptr, chunks, outer_size, channels,
-                row_bytes, y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, INNER,
+                b_z, first_row, rows, columns, m_exists, m_all, item, tile, y_ptr, bits_ptr, chunks, outer_size,
+                channels, row_bytes, y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, INNER,
             )  # fmt: skip
 
     o_channels = tile * CT + tl.arange(0, CT)
@@ -188,11 +187,11 @@ def load_item(
     CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
     """X of a work item as it is stored, (OUTER, INNER); 0 where there is none."""
-    rows, columns, m_exists = locate(
+    first_row, rows, columns, m_exists = locate(
         item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
     )  # fmt: skip
-    o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
-    return tl.load(x_ptr + o_x, mask=m_exists, other=0.0)
+    p_x = pointers(x_ptr, first_row, rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
+    return tl.load(p_x, mask=m_exists, other=0.0)
 
 
 @triton.jit
@@ -220,33 +219,38 @@ def prediction(
 
 @triton.jit
 def load_residual(
-    residual_ptr, rows, columns, tile, m_read, residual_outer_v, residual_channel_v, VECTOR: tl.constexpr,
+    residual_ptr, first_row, rows, columns, tile, m_read, residual_outer_v, residual_channel_v, VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """The residual of a work item as it is stored, where ``m_read``."""
-    o_residual = offsets(rows, columns, tile, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST)
-    return tl.load(residual_ptr + o_residual, mask=m_read, other=0.0)
+    p_residual = pointers(
+        residual_ptr, first_row, rows, columns, tile, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST
+    )  # fmt: skip
+    return tl.load(p_residual, mask=m_read, other=0.0)
 
 
 @triton.jit
 def write(
-    b_z, rows, columns, m_write, m_groups, item, tile, y_ptr, bits_ptr, chunks, outer_size, channels, row_bytes,
-    y_outer_v, y_channel_v, ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    b_z, first_row, rows, columns, m_write, m_accesses, item, tile, y_ptr, bits_ptr, chunks, outer_size, channels,
+    row_bytes, y_outer_v, y_channel_v, ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
-    """Write y of one work item where ``m_write``, and its packed bits where ``m_groups``, (1, INNER / 8 or 1).
+    """Write y of one work item where ``m_write``, and its packed bits where ``m_accesses``, (1, INNER / VECTOR or 1).
 
     The one way in which any pass computes y, with ``b_z = fma(x - pivot, scale, shift)`` and the residual: its bits do
     not depend on the pass.
     """
     if bits_ptr is not None:
         p_bits, m_bytes = bits_pointers(
-            bits_ptr, rows, tile, item, chunks, outer_size, channels, row_bytes, CHANNELS_LAST, INNER
+            bits_ptr, first_row, tile, item, chunks, outer_size, channels, row_bytes,
+            VECTOR, CHANNELS_LAST, b_z.shape[0], INNER,
         )  # fmt: skip
-        b_positive = tl.where(m_write, tl.where(b_z <= 0.0, 0, 1), 0)
-        tl.store(p_bits, pack(b_positive, b_z.shape[0], INNER), mask=m_bytes & m_groups)
-    o_y = offsets(rows, columns, tile, y_outer_v, y_channel_v, VECTOR, CHANNELS_LAST)
-    tl.store(y_ptr + o_y, activate(b_z, ACTIVATION).to(y_ptr.dtype.element_ty), mask=m_write)
+        b_positive = tl.where(b_z <= 0.0, False, m_write)  # NaN is
+        m_bytes &= tl.arange(0, b_z.shape[0] * INNER // VECTOR) % (8 // VECTOR) == 0  # once a byte
+        m_bytes &= tl.reshape(tl.broadcast_to(m_accesses, (b_z.shape[0], INNER // VECTOR)), m_bytes.shape)
+        tl.store(p_bits, pack(b_positive, VECTOR, b_z.shape[0], INNER), mask=m_bytes)
+    p_y = pointers(y_ptr, first_row, rows, columns, tile, y_outer_v, y_channel_v, VECTOR, CHANNELS_LAST)
+    tl.store(p_y, activate(b_z, ACTIVATION).to(y_ptr.dtype.element_ty), mask=m_write)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -264,9 +268,11 @@ def resident_forward_kernel(
     """Grid (channel tiles, 1): a program holds all of its channels' values in registers: nothing need be predicted."""
     tile = tl.program_id(0)
     o_channels = tile * CT + tl.arange(0, CT)
-    rows, columns, m_exists = locate_resident(tile, outer_size, inner_v, VECTOR, CHANNELS_LAST, OUTER, INNER)
-    o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
-    b_x = tl.load(x_ptr + o_x, mask=m_exists, other=0.0).to(ACC)
+    first_row, rows, columns, m_exists = locate(
+        0, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
+    )  # fmt: skip
+    p_x = pointers(x_ptr, first_row, rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
+    b_x = tl.load(p_x, mask=m_exists, other=0.0).to(ACC)
     step = tl.full([], 0, tl.int64)
     if counter_ptr is not None:
         step = tl.load(counter_ptr)
@@ -274,7 +280,8 @@ def resident_forward_kernel(
             tl.store(counter_ptr, step + 1)
     if residual_ptr is not None:
         b_residual = load_residual(
-            residual_ptr, rows, columns, tile, m_exists, residual_outer_v, residual_channel_v, VECTOR, CHANNELS_LAST
+            residual_ptr, first_row, rows, columns, tile, m_exists, residual_outer_v, residual_channel_v, VECTOR,
+            CHANNELS_LAST,
         )  # fmt: skip
     m_values = number(values, ACC)
     origin = in_channels(b_x, CHANNELS_LAST) / m_values  # nearly the mean: by what rounding left, it is corrected
@@ -291,8 +298,8 @@ def resident_forward_kernel(
     if residual_ptr is not None:
         b_z += b_residual.to(ACC)
     write(
-        b_z, rows, columns, m_exists, tl.full([1, 1], 1, tl.int1), 0, tile, y_ptr, bits_ptr, chunks, outer_size,
-        channels, row_bytes, y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, INNER,
+        b_z, first_row, rows, columns, m_exists, tl.full([1, 1], 1, tl.int1), 0, tile, y_ptr, bits_ptr, chunks,
+        outer_size, channels, row_bytes, y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, INNER,
     )  # fmt: skip
 
 
@@ -346,28 +353,30 @@ def repair(
         m_groups = tl.max(tl.reshape(wrong.to(tl.int32), (INNER // 8, 8)), 1) > 0
         m_groups |= tl.sum(m_groups.to(tl.int32), 0) > INNER // 8 // 4  # whole rows take less time than many pieces
         m_columns = tl.reshape(tl.broadcast_to(m_groups[:, None], (INNER // 8, 8)), (INNER,))
+        m_accesses = tl.reshape(tl.broadcast_to(m_groups[:, None], (INNER // 8, 8 // VECTOR)), (INNER // VECTOR,))
     else:
         m_groups = wrong
+        m_accesses = wrong
         m_columns = wrong
     if tl.max(m_groups.to(tl.int32), 0) > 0:
         first, apart, its_items = items_of(split, splits, items, CHANNELS_LAST)
         for done in range(0, its_items):
             item = first + (its_items - 1 - done) * apart
-            rows, columns, m_exists = locate(
+            first_row, rows, columns, m_exists = locate(
                 item, tile, chunks, outer_size, inner_v, plane, VECTOR, CHANNELS_LAST, OUTER, INNER, CT
             )  # fmt: skip
             m_repair = m_exists & m_columns[None, :]
             if CHANNELS_LAST and VECTOR > 1:
                 m_repair = tl.max_constancy(m_repair, [1, VECTOR])  # which the compiler does not see
-            o_x = offsets(rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
-            b_x = tl.load(x_ptr + o_x, mask=m_repair, other=0.0).to(ACC)
+            p_x = pointers(x_ptr, first_row, rows, columns, tile, x_outer_v, x_channel_v, VECTOR, CHANNELS_LAST)
+            b_x = tl.load(p_x, mask=m_repair, other=0.0).to(ACC)
             b_z = tl.fma(b_x - pivot[None, :], scale[None, :], shift[None, :])
             if residual_ptr is not None:
                 b_z += load_residual(
-                    residual_ptr, rows, columns, tile, m_repair, residual_outer_v, residual_channel_v, VECTOR,
-                    CHANNELS_LAST,
+                    residual_ptr, first_row, rows, columns, tile, m_repair, residual_outer_v, residual_channel_v,
+                    VECTOR, CHANNELS_LAST,
                 ).to(ACC)  # fmt: skip
             write(
-                b_z, rows, columns, m_repair, m_groups[None, :], item, tile, y_ptr, bits_ptr, chunks, outer_size,
-                channels, row_bytes, y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, INNER,
+                b_z, first_row, rows, columns, m_repair, m_accesses[None, :], item, tile, y_ptr, bits_ptr, chunks,
+                outer_size, channels, row_bytes, y_outer_v, y_channel_v, ACTIVATION, VECTOR, CHANNELS_LAST, INNER,
             )  # fmt: skip
