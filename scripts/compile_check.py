@@ -31,8 +31,8 @@ CHECKED = dict.fromkeys((80, 90, 100), tuple(DTYPES))
 CHECKED_QUICKLY = {80: ("bf16",), 90: ("bf16", "fp32", "fp64"), 100: ("bf16",)}
 FUSED = [(None, False), ("relu", True), ("relu", False), (None, True)]  # activation, residual
 OTHER_ACTIVATIONS = [("leaky_relu", False), ("silu", False), ("hardswish", False)]
-# Instructions that may touch local memory: with triton 3.7.1 a loop of 700 fetches three invariants back
-TOLERATED_SPILLS = {(100, "stream_kernel"): 6}
+# Instructions that may touch local memory: with triton 3.7.1 a loop of 550 fetches two invariants back
+TOLERATED_SPILLS = {(100, "stream_kernel"): 7}
 # What a caller may give or leave out; a dtype stands for a vector of it
 HALF = torch.float16
 NO_STATISTICS = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked", "clipped"))

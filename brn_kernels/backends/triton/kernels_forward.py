@@ -245,7 +245,7 @@ def write(
             bits_ptr, first_row, tile, item, chunks, outer_size, channels, row_bytes,
             VECTOR, CHANNELS_LAST, b_z.shape[0], INNER,
         )  # fmt: skip
-        b_positive = tl.where(b_z <= 0.0, False, m_write)  # NaN is
+        b_positive = ((b_z > 0.0) | (b_z != b_z)) & m_write
         m_bytes &= tl.arange(0, b_z.shape[0] * INNER // VECTOR) % (8 // VECTOR) == 0  # once a byte
         m_bytes &= tl.reshape(tl.broadcast_to(m_accesses, (b_z.shape[0], INNER // VECTOR)), m_bytes.shape)
         tl.store(p_bits, pack(b_positive, VECTOR, b_z.shape[0], INNER), mask=m_bytes)
