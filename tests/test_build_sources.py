@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from build_tools import CHECKOUT, STAND_INS, needs_compiler, needs_nvcc, output, write
 
+from brn_kernels import node
 from brn_kernels.build import place, recipe, tools
 
 
@@ -25,6 +26,9 @@ def test_the_cuda_sources_compile(tmp_path):
 @needs_compiler
 @pytest.mark.skipif(not recipe.can_have_autograd(), reason="Python's headers are missing")
 def test_autograds_node_compiles(tmp_path):
+    """`brn build` leaves it out where it does not: calls then stay in Python, without a word."""
+    if node.module() is not None:
+        return  # of these very sources, or it would not have been loaded
     kit = tools.gather(cuda=False)
     manifest = recipe.manifest("autograd", [], False, kit)
     assert place.ensure(tmp_path, [manifest], kit, say=print) == ("autograd",)
