@@ -39,9 +39,9 @@ PTX_ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global .*?\], \[ (%rd\
 SASS_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);")
 SASS_JUMP = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
 SASS_SPILL = re.compile(r"\b(LDL|STL)\b")
-SASS_READ = re.compile(r"\bLDG\b")
+SASS_READ = re.compile(r"\bLDG(STS)?\b")
 SASS_BARRIER = re.compile(r"\bBAR\b")
-SASS_EXIT = re.compile(r"\bEXIT\b")
+SASS_EXIT = re.compile(r"EXIT\b")  # whatever the predicates say
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def barriers_in_loops(sass: str) -> int:
         jump = SASS_JUMP.search(what)
         if jump and (start := int(jump[1], 16)) < end:
             loop = [inside for at, inside in instructions if start <= at <= end]
-            if any(map(SASS_READ.search, loop)) and not any(map(SASS_EXIT.search, loop)):
+            if any(map(SASS_READ.search, loop)) and not any(map(SASS_EXIT.match, loop)):
                 most = max(most, sum(bool(SASS_BARRIER.search(inside)) for inside in loop))
     return most
 

@@ -284,13 +284,15 @@ def test_64_bit_offsets(nothing_resident, device, what, rows, far):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(shape, generator=generator).to(device, torch.bfloat16)
     upstream = torch.randn(shape, generator=generator).to(device, torch.bfloat16)
-    arguments = call(device, shape, dtype=torch.bfloat16)
+    arguments = call(device, shape, dtype=torch.bfloat16, residual=True, activation="relu")
     truth = run(kernels, arguments | {"x": values}, dy=upstream)
     x, dy = spaced(shape, strides, values), spaced(shape, strides, upstream)
     mine = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
     y, saved, bits = kernels.forward(**mine | {"x": x})
-    dx, dweight, *_ = kernels.backward(dy, x, None, None, mine["weight"], mine["bias"], saved, bits, None, True, False)
-    for name, found in {"y": y, "saved": saved, "dx": dx, "dweight": dweight}.items():
+    dx, dweight, _, dresidual = kernels.backward(
+        dy, x, None, None, mine["weight"], mine["bias"], saved, bits, "relu", True, True
+    )  # fmt: skip
+    for name, found in {"y": y, "saved": saved, "dx": dx, "dweight": dweight, "dresidual": dresidual}.items():
         torch.testing.assert_close(found, truth[name])  # tiles are smaller, and sums rounded otherwise
 
 

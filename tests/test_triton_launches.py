@@ -1,13 +1,16 @@
 """How launches are chosen: tiles, splits, bundles, and what registers hold."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brn_kernels.backends import layout
 
-pytest.importorskip("triton")
-from brn_kernels.backends.triton import config  # noqa: E402
+triton = pytest.importorskip("triton")
+from triton import language as tl  # noqa: E402
+
+from brn_kernels.backends.triton import config, kernels_common  # noqa: E402
 
 
 def test_the_tiny_tiles_are_several(tiny_tiles):
@@ -59,6 +62,23 @@ def test_the_most_channels_are_counted_in_32_bits(channels_last):
     strides = (channels, 0) if channels_last else (2 * channels, 2)
     chosen = config.launch_for("forward", shape, 2, strides, 132)
     assert 4 * chosen.padded_channels < 2**31 and 3 * chosen.splits * chosen.padded_channels < 2**31
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("channels, row_bytes", [(2**28 - 8, 9), (2**24, 138)])
+def test_bits_of_a_sample_beyond_32_bits(device, channels, row_bytes):
+    """A product of two 32-bit numbers had been the distance between samples."""
+    found = torch.zeros((), dtype=torch.int64, device=device)
+    bits_of_the_second_sample[(1,)](found, channels, row_bytes)
+    assert found.item() == channels * row_bytes
+
+
+@triton.jit(do_not_specialize=["channels", "row_bytes"])
+def bits_of_the_second_sample(found_ptr, channels, row_bytes):
+    bits_ptr = found_ptr.to(tl.pointer_type(tl.uint8))
+    first_row = tl.full([], 1, tl.int64)
+    p_bits, _ = kernels_common.bits_pointers(bits_ptr, first_row, 0, 0, 1, 2, channels, row_bytes, 8, False, 1, 8)
+    tl.store(found_ptr, tl.sum(p_bits.to(tl.int64) - bits_ptr.to(tl.int64), 0))
 
 
 def test_many_splits_of_many_channels_are_bundled_and_few_are_not():

@@ -25,7 +25,7 @@ class Traffic:
 def traffic(monkeypatch, device):
     """Counts the elements that interpreted kernels load from and store to each tensor.
 
-    What several threads load at once counts once: a byte of packed bits, whose elements two accesses have in float32.
+    A byte that several threads load at once counts once: packed bits, whose elements two accesses have in float32.
     """
     if device.type != "cpu":
         pytest.skip("counted in the interpreter; on a GPU, ncu counts")
@@ -38,7 +38,8 @@ def traffic(monkeypatch, device):
         def counted(self, pointers, *rest):
             mask = rest[0] if kind == "loads" else rest[1]
             touched = pointers.data[mask.data.astype(bool)]
-            accesses[kind].append(np.unique(touched) if kind == "loads" else touched)
+            is_byte = pointers.dtype.element_ty.primitive_bitwidth == 8
+            accesses[kind].append(np.unique(touched) if kind == "loads" and is_byte else touched)
             return method(self, pointers, *rest)
 
         return counted

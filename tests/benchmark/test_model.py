@@ -122,6 +122,7 @@ def test_a_barrier_counts_in_a_loop_that_reads():
     assert of("MOV R1, c[0x0][0x28]", *loop, "EXIT") == 1
     assert of("MOV R1, R2", "LDS R1, [R2]", *loop[1:], "EXIT") == 0  # reads nothing of memory
     assert of("MOV R1, R2", *loop[:2], "EXIT", loop[2]) == 0  # no loop: what is seldom run lies behind the end
+    assert of("MOV R1, R2", *loop[:2], "@!P1 EXIT", loop[2]) == 1  # the loop is the kernel's last
 
 
 def test_settings_are_predicted_each_with_its_own_programs(tmp_path, monkeypatch):

@@ -242,14 +242,14 @@ def bits_pointers(
     """
     accesses = tl.arange(0, OUTER * INNER // VECTOR)
     rows, o_bytes = accesses // (INNER // VECTOR), accesses % (INNER // VECTOR) // (8 // VECTOR)
+    apart = tl.cast(row_bytes, tl.int64)
     if CHANNELS_LAST:
         o_bytes += tile * (INNER // 8)
-        apart = row_bytes
     else:
         o_bytes += tl.cast(item % chunks, tl.int32) * (INNER // 8)
-        apart = channels * row_bytes
-        bits_ptr += tl.cast(tile, tl.int64) * row_bytes
-    p_bits = (bits_ptr + first_row * apart) + (rows * apart + o_bytes)
+        bits_ptr += tile * apart
+        apart *= channels
+    p_bits = (bits_ptr + first_row * apart) + (rows * tl.cast(apart, tl.int32) + o_bytes)
     return p_bits, rows_exist(first_row, rows, outer_size, OUTER) & (o_bytes < row_bytes)
 
 
