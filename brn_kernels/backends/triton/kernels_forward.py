@@ -99,7 +99,7 @@ def stream_kernel(
     s2 = tl.zeros([ROWS, COLUMNS], ACC)
     count = tl.full([], 0, tl.int64)
     m_all = tl.full([1, 1], 1, tl.int1)
-    for done in tl.range(0, its_items, disable_licm=True):
+    for done in tl.range(0, its_items, disable_licm=True):  # kept outside, invariants take the registers of a program
         item = first + done * apart
         b_x = b_next.to(ACC)
         following = tl.where(done + 1 < its_items, item + apart, items)  # none after the last
