@@ -36,7 +36,7 @@ PTX_PARAMETER = re.compile(r"ld\.param\.b64\s+(%rd\d+), \[\w+?_param_(\d+)\]")
 PTX_ARITHMETIC = re.compile(r"\s(?:@!?%p\d+ )?(?:add|sub|mov|selp|cvta|mad|shl)\S*\s+(%rd\d+), (.*);")
 PTX_ACCESS = re.compile(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bus](\d+)\b.*?\[ (%rd\d+)")
 PTX_ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global .*?\], \[ (%rd\d+).*?\], (0x[0-9a-f]+|\d+)")
-SASS_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);")
+SASS_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;")
 SASS_JUMP = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
 SASS_SPILL = re.compile(r"\b(LDL|STL)\b")
 SASS_READ = re.compile(r"\bLDG(STS)?\b")
@@ -73,7 +73,8 @@ class Compiled:
     registers: int
     stack: int  # bytes
     spills: int  # instructions that touch local memory
-    waits: int  # barriers in loops that read memory: threads exchange what each of them could have
+    waits: int  # barriers in a loop that reads memory, at most: threads exchange what each of them could have
+    instructions: int  # of the longest such loop: that over items
     shared: int  # bytes
     narrowest: int  # bytes of the narrowest access to activations; 0: none was found
     unlike_driver: str  # in what it differs from what ``csrc/autograd/triton.cpp`` launches
@@ -207,8 +208,8 @@ def _unlike_driver(compiled: Any) -> str:
     return "" if launcher.is_plain(metadata) else "asks for more than threads and shared memory"
 
 
-def _resources(cubin: bytes) -> tuple[int, int, int, int]:
-    """Registers, bytes of stack, instructions that touch local memory, and barriers in loops."""
+def _resources(cubin: bytes) -> tuple[int, int, int, int, int]:
+    """Registers, bytes of stack, instructions that touch local memory, barriers in a loop, instructions of a loop."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -216,24 +217,27 @@ def _resources(cubin: bytes) -> tuple[int, int, int, int]:
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     fields = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    return int(fields["REG"]), int(fields["STACK"]), len(SASS_SPILL.findall(sass)), barriers_in_loops(sass)
+    loops = loops_that_read(sass)
+    waits = max((sum(bool(SASS_BARRIER.search(each)) for each in loop) for loop in loops), default=0)
+    longest = max(map(len, loops), default=0)
+    return int(fields["REG"]), int(fields["STACK"]), len(SASS_SPILL.findall(sass)), waits, longest
 
 
-def barriers_in_loops(sass: str) -> int:
-    """Barriers in the loops of a kernel that read global memory, the most of one.
+def loops_that_read(sass: str) -> list[list[str]]:
+    """The instructions of each loop of a kernel that reads global memory.
 
     A loop ends where it jumps back, and the kernel does not end in it: behind the end lie pieces that are seldom run,
     and jump back too.
     """
     instructions = [(int(at, 16), what) for at, what in SASS_INSTRUCTION.findall(sass)]
-    most = 0
+    found = []
     for end, what in instructions:
         jump = SASS_JUMP.search(what)
         if jump and (start := int(jump[1], 16)) < end:
             loop = [inside for at, inside in instructions if start <= at <= end]
             if any(map(SASS_READ.search, loop)) and not any(map(SASS_EXIT.match, loop)):
-                most = max(most, sum(bool(SASS_BARRIER.search(inside)) for inside in loop))
-    return most
+                found.append(loop)
+    return found
 
 
 def _narrowest_bulk_access(ptx: str, parameters: list[str]) -> int:

@@ -46,12 +46,15 @@ def levels(device_type: str) -> dict[str, Level]:
     )  # fmt: skip
     if device_type == "cpu":
         small = {"sample": (3, 64, 64), "batch": 4}
+        larger = {"sample": (3, 96, 96), "batch": 16}  # as much work as three images of 224 x 224
         full = Level(
             Plan(layers=8, other_layers=4, divisor=16,
                  formats=tuple(itertools.product(("float32", "bfloat16"), LAYOUTS)), state_layers=1, peer_layers=3,
                  largest=2**28),
             trainings(NETS_TRAINED, (fp32,), ("eager",), **small)
-            + trainings(NETS_TRAINED[:1], (fp32,), ("compiled",), **small),
+            + trainings(("ResNet-50", "EfficientNet-B0"), (fp32,), ("eager",), **larger)
+            + trainings(("ResNet-50",), (fp32,), ("compiled",), **small)
+            + trainings(("ResNet-50",), (fp32,), ("compiled",), **larger),
             seconds=0.06, minutes=25,
         )  # fmt: skip
         quick = Level(

@@ -129,3 +129,27 @@ def test_more_channels_have_smaller_programs_so_that_all_begin_at_once():
         )
         assert forward.alone and not forward.resident and (forward.num_warps, backward.num_warps) == (warps, 4)
         assert channels > 2112 or channels * warps <= 132 * 16
+
+
+@pytest.mark.parametrize(
+    "channels, positions, itemsize, has_bits",
+    [(512, 28 * 28, 4, True), (512, 28 * 28, 2, False), (1024, 14 * 14, 2, True), (2048, 7 * 7, 4, True)],
+)
+def test_registers_leave_room_for_a_program_of_each_channel(channels, positions, itemsize, has_bits):
+    """Those of a forward with packed bits let a second wave wait for the first: 3 programs where 4 were needed."""
+    shape = layout.Layout(False, 256, channels, positions)
+    it = config.launch_for("forward", shape, itemsize, (channels * positions, positions), 132, has_bits=has_bits)
+    room = config.REGISTERS_PER_MULTIPROCESSOR // (32 * it.num_warps * it.max_registers)
+    assert it.alone and it.channel_tiles <= 132 * room
+
+
+@pytest.mark.parametrize("programs", (1, 2, 4))
+def test_settings_with_few_programs_keep_one(programs, monkeypatch):
+    """`brn bench settings` tries a single program; a smooth activation takes a quarter of them away."""
+    settings = config.Settings(4, 4, programs)
+    monkeypatch.setitem(config.SETTINGS, ("forward", "contiguous"), settings)
+    config.launch_for.cache_clear()
+    shape = layout.Layout(False, 256, 64, 3136)
+    it = config.launch_for("forward", shape, 4, (64 * 3136, 3136), 132, smooth=True)
+    config.launch_for.cache_clear()
+    assert it.max_registers >= settings.registers

@@ -13,12 +13,12 @@ import torch
 triton = pytest.importorskip("triton")
 from bench import cli, model, predict, settings  # noqa: E402
 from bench.cases import Case, Layer  # noqa: E402
-from bench.compiled import Compiled, barriers_in_loops, launches  # noqa: E402
+from bench.compiled import Compiled, launches, loops_that_read  # noqa: E402
 from bench.record import RESULTS  # noqa: E402
 from brn_kernels.backends.triton import config  # noqa: E402
 
 H100 = model.GPUS["h100"]
-FEW = Compiled(registers=64, stack=0, spills=0, waits=0, shared=16, narrowest=16, unlike_driver="")
+FEW = Compiled(registers=64, stack=0, spills=0, waits=0, instructions=100, shared=16, narrowest=16, unlike_driver="")
 LARGE = Case(Layer("x", 256, 256, (56, 56), "relu"), "bfloat16", "channels_last")
 ADDING = Case(Layer("x", 256, 256, (56, 56), "add_relu"), "bfloat16", "channels_last")
 SMALL = Case(Layer("x", 4, 64, (8, 8), "plain"), "float32", "contiguous")
@@ -62,9 +62,9 @@ def test_large_layers_take_about_as_long_as_their_passes(direction, least, state
 
 def test_more_registers_leave_room_for_fewer_programs():
     stream = launches(LARGE.layer.shape, True, torch.bfloat16, "relu", False)[0]
-    rooms = [model.resident(stream, Compiled(n, 0, 0, 0, 1024, 16, "")) for n in (32, 64, 128, 168, 255)]
+    rooms = [model.resident(stream, Compiled(n, 0, 0, 0, 100, 1024, 16, "")) for n in (32, 64, 128, 168, 255)]
     assert rooms == [16, 8, 4, 3, 2]  # of four warps each
-    assert model.resident(stream, Compiled(32, 0, 0, 0, 100_000, 16, "")) == 2  # shared memory
+    assert model.resident(stream, Compiled(32, 0, 0, 0, 100, 100_000, 16, "")) == 2  # shared memory
 
 
 def test_partial_results_of_many_splits_are_merged_in_few_trips():
@@ -105,24 +105,27 @@ def test_a_kernel_is_compiled_for_a_gpu_that_is_not_there():
         "import json, torch; from bench.compiled import launches, compile_variant;"
         "one = launches((64, 64, 56, 56), False, torch.float32, None, False)[3];"
         "found = compile_variant(one.variant, 90);"
-        "print(json.dumps([one.variant.kernel, found.registers, found.spills, found.waits, found.narrowest]))"
+        "print(json.dumps([one.variant.kernel, *(getattr(found, name) for name in"
+        " ('registers', 'spills', 'waits', 'instructions', 'narrowest'))]))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    kernel, registers, spills, waits, narrowest = json.loads(done.stdout.splitlines()[-1])
+    kernel, registers, spills, waits, instructions, narrowest = json.loads(done.stdout.splitlines()[-1])
     assert kernel == "apply_kernel" and 16 <= registers <= 255 and spills == waits == 0 and narrowest == 16
+    assert 20 <= instructions <= 500  # of an item: at least its four accesses, and the arithmetic of 8 values a thread
 
 
-def test_a_barrier_counts_in_a_loop_that_reads():
+def test_loops_that_read_are_found_in_machine_code():
     loop = ["LDG.E.128 R4, desc[UR4][R2.64]", "BAR.SYNC.DEFER_BLOCKING 0x0", "@P0 BRA 0x0010"]
 
     def of(*instructions):
-        return barriers_in_loops("\n".join(f"/*{16 * i:04x}*/  {it} ;" for i, it in enumerate(instructions)))
+        return loops_that_read("\n".join(f"/*{16 * i:04x}*/  {it} ;" for i, it in enumerate(instructions)))
 
-    assert of("MOV R1, c[0x0][0x28]", *loop, "EXIT") == 1
-    assert of("MOV R1, R2", "LDS R1, [R2]", *loop[1:], "EXIT") == 0  # reads nothing of memory
-    assert of("MOV R1, R2", *loop[:2], "EXIT", loop[2]) == 0  # no loop: what is seldom run lies behind the end
-    assert of("MOV R1, R2", *loop[:2], "@!P1 EXIT", loop[2]) == 1  # the loop is the kernel's last
+    assert of("MOV R1, c[0x0][0x28]", *loop, "EXIT") == [loop]
+    assert of("MOV R1, R2", "LDS R1, [R2]", *loop[1:], "EXIT") == []  # reads nothing of memory
+    assert of("MOV R1, R2", *loop[:2], "EXIT", loop[2]) == []  # no loop: what is seldom run lies behind the end
+    last = [*loop[:2], "@!P1 EXIT", loop[2]]  # of the kernel: it ends in it
+    assert of("MOV R1, R2", *last) == [last]
 
 
 def test_settings_are_predicted_each_with_its_own_programs(tmp_path, monkeypatch):

@@ -50,9 +50,8 @@ SETTINGS = {
     ("backward", "contiguous"): Settings(warps=4, accesses=2, programs=5),
     ("backward", "side by side"): Settings(warps=4, accesses=4, programs=4),
 }
-# Narrow accesses, float64, half-precision planes side by side, the derivatives of smooth activations, and both passes
-# in one launch (but for float32 planes side by side, backward) need more registers
-WARPS_OF_MANY_REGISTERS = 8  # of all programs on a multiprocessor
+WARPS_OF_MANY_REGISTERS = 8  # of all programs on a multiprocessor, where such a bound would make the compiler spill
+ROOM_FOR_BOTH_PASSES = {("forward", "contiguous"), ("backward", "side by side")}  # in one launch, within the bound
 
 
 @dataclass(frozen=True)
@@ -174,9 +173,9 @@ def launch_for(
         smooth: it computes a smooth activation, or its derivative.
         may_be_resident: it gathers statistics; one that only writes has nothing to hold.
     """
-    smooth_derivative = smooth and direction == "backward"
     if may_be_resident:
-        resident = _resident(direction, layout, itemsize, strides, multiprocessors, smooth_derivative or has_bits)
+        many_registers = has_bits or (smooth and direction == "backward")
+        resident = _resident(direction, layout, itemsize, strides, multiprocessors, many_registers)
         if resident is not None:
             return resident
     access = max(1, ACCESS_BYTES // itemsize)
@@ -190,15 +189,10 @@ def launch_for(
     if kind == "side by side":
         layout = Layout(True, layout.outer, layout.channels, layout.channels * plane)
         strides = strides[::2]
-    settings = SETTINGS[direction, kind]
-    if smooth and (direction, kind) == ("forward", "contiguous"):  # spills on sm_100 otherwise
-        settings = dataclasses.replace(settings, programs=settings.programs - 1)
     vector = _common_vector(access, (layout.inner, *strides))
-    if direction == "forward" and not layout.channels_last and layout.channels > multiprocessors * settings.programs:
-        settings = _smaller(settings, layout.channels / multiprocessors)
-    if smooth_derivative or vector < access or itemsize == 8 or (side_by_side > 1 and itemsize == 2):
-        settings = _of_many_registers(settings)
-    per_thread = settings.accesses * access if vector == access else min(settings.accesses * access, MAX_NARROW)
+    narrow = vector < access
+    settings = _settings(direction, kind, itemsize, narrow, smooth, layout.channels / multiprocessors)
+    per_thread = min(settings.accesses * access, MAX_NARROW) if narrow else settings.accesses * access
     elements = settings.warps * 32 * per_thread
     chunks, tile_channels = 1, side_by_side
     if side_by_side > 1:
@@ -212,9 +206,9 @@ def launch_for(
     outer = min(elements // inner, _power_of_2(layout.outer), _rows_in_32_bits(layout, strides))
     items = -(-layout.outer // outer) * chunks
     splits = _split(items, channel_tiles, multiprocessors * settings.programs)
-    if splits == 1 and (direction, kind) != ("backward", "side by side"):  # there it has room for both passes
+    if splits == 1 and (direction, kind) not in ROOM_FOR_BOTH_PASSES:
         settings = _of_many_registers(settings)
-    group_rows = layout.channels_last or vector < access
+    group_rows = layout.channels_last or narrow
     return Launch(
         channels_last=layout.channels_last,
         tile_channels=tile_channels,
@@ -284,6 +278,21 @@ def _rows_in_32_bits(layout: Layout, strides: tuple[int, ...]) -> int:
     """The most rows of a tile, a power of 2, in tensors of these strides and in packed bits."""
     bytes_of_bits = (1 if layout.channels_last else layout.channels) * -(-layout.inner // 8)
     return 1 << max(1, MAX_OFFSET // max(bytes_of_bits, *strides)).bit_length() - 1
+
+
+def _settings(direction: str, kind: str, itemsize: int, narrow: bool, smooth: bool, channels: float) -> Settings:
+    """The table's; smaller programs for so many channels a multiprocessor, fewer where the compiler would spill."""
+    settings = SETTINGS[direction, kind]
+    forward_of_planes = (direction, kind) == ("forward", "contiguous")
+    if forward_of_planes and channels > settings.programs:
+        settings = _smaller(settings, channels)
+    if forward_of_planes and smooth:  # on sm_100
+        settings = dataclasses.replace(settings, programs=max(1, settings.programs * 3 // 4))
+    smooth_derivative = smooth and direction == "backward"
+    half_side_by_side = itemsize == 2 and kind == "side by side"
+    if itemsize == 8 or smooth_derivative or half_side_by_side or (narrow and not forward_of_planes):
+        settings = _of_many_registers(settings)
+    return settings
 
 
 def _of_many_registers(settings: Settings) -> Settings:
