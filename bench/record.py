@@ -22,13 +22,17 @@ MEASURED = (
     "direction", "mode", "candidate", "p20_us", "p50_us", "p80_us", "ratio", "gb_per_s", "percent_of_copy",
     "images_per_s", "peak_mb", "kept_mb", "error",
 )  # fmt: skip
-ABOUT = ("level", "device_type", "device", "driver", "backend", "torch", "triton", "python", "commit", "dirty", "date")
+ABOUT = (
+    "level", "device_type", "device", "driver", "backend", "calls", "torch", "triton", "python", "commit", "dirty",
+    "date",
+)  # fmt: skip
 COLUMNS = MEASURED + ABOUT
+IN_PYTHON = "in Python"
 
 
 def machine(device: torch.device) -> dict[str, str]:
     """Device, versions, commit and date."""
-    from brn_kernels import backends
+    from brn_kernels import backends, node
 
     cuda = device.type == "cuda"
     return {
@@ -36,6 +40,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "driver": _driver() if cuda else "",
         "backend": backends.resolve(backends.selected(), device.type).__name__.rpartition(".")[2],
+        "calls": IN_PYTHON if node.module() is None else "in C++",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),

@@ -31,6 +31,8 @@ def load(path: str | Path) -> pd.DataFrame:
     """
     numbers = dict.fromkeys(NUMBERS, [""])
     rows = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=numbers)
+    if "calls" not in rows:  # older runs
+        rows["calls"] = ""
     missing = sorted({*NUMBERS, *TEXTS} - set(rows.columns))
     if missing or rows.empty:
         raise ValueError(f"{path} is not a CSV of brn bench: it has no {missing[0] if missing else 'rows'}")
@@ -44,6 +46,7 @@ def about(rows: pd.DataFrame) -> str:
         first.device,
         f"driver {first.driver}" if first.driver else "",
         f"backend {first.backend}",
+        f"calls {first.calls}" if first.calls else "",
         f"torch {first.torch}",
         f"triton {first.triton}" if first.backend == "triton" else "",
         str(first.date),

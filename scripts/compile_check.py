@@ -33,9 +33,9 @@ CHECKED_QUICKLY = {80: ("bf16",), 90: ("bf16", "fp32", "fp64"), 100: ("bf16",)}
 FUSED = [(None, False), ("relu", True), ("relu", False), (None, True)]  # activation, residual
 FUSED_NARROW = [(None, False), ("relu", True)]  # where accesses are, whatever is computed
 OTHER_ACTIVATIONS = [("leaky_relu", False), ("silu", False), ("hardswish", False)]
-# Instructions that may touch local memory where half precision's bits are packed: with triton 3.7.1 a loop of 550
-# fetches two invariants back, or, where it repairs too, five
-TOLERATED_SPILLS = {(100, "stream_kernel"): 16}
+# Instructions that may touch local memory where bits are packed or read: with triton 3.7.1 a loop of 550
+# fetches two invariants back, or five where it repairs too; 3 channels in channels_last take all registers
+TOLERATED_SPILLS = {(100, "stream_kernel"): 16, (100, "apply_kernel"): 4}
 # What a caller may give or leave out; a dtype stands for a vector of it
 HALF = torch.float16
 NO_STATISTICS = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked", "clipped"))
@@ -96,8 +96,8 @@ def row(variant: Variant, label: str, architecture: int) -> list[Any]:
     wanted = min(16, variant.vector_bytes)
     faults = []
     types = dict(variant.signature)
-    packs_half = types["bits_ptr"] != "constexpr" and types["x_ptr"] in ("*bf16", "*fp16")
-    tolerated = TOLERATED_SPILLS.get((architecture, variant.kernel), 0) if packs_half else 0
+    has_bits = types["bits_ptr"] != "constexpr"
+    tolerated = TOLERATED_SPILLS.get((architecture, variant.kernel), 0) if has_bits else 0
     if found.spills > tolerated or (found.stack and not tolerated):
         faults.append(f"{found.spills} spills, {found.stack} bytes of stack")
     if found.narrowest == 0:

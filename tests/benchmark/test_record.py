@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import record
+from brn_kernels import node
 
 CPU = torch.device("cpu")
 
@@ -78,6 +79,14 @@ def test_changes_are_named_whoever_names_the_commit(tmp_path, monkeypatch):
     assert record.machine(CPU)["dirty"] == ""
     (folder / "record.py").write_text("changed")
     assert record.machine(CPU)["dirty"] and record.machine(CPU)["commit"] == "abc1234"
+
+
+def test_it_says_how_layers_are_called(monkeypatch):
+    """The host's time hangs on it, and nothing else in a run's CSV tells."""
+    built = record.machine(CPU)["calls"]
+    assert built in ("in C++", record.IN_PYTHON)
+    monkeypatch.setattr(node, "module", lambda: None)
+    assert record.machine(CPU)["calls"] == record.IN_PYTHON
 
 
 def test_a_started_run_with_other_columns_is_not_continued(tmp_path):
