@@ -57,7 +57,10 @@ def run(job: Job, progress) -> list[Row]:
 
 
 def recorded() -> dict[str, Interval]:
-    """Of the recorded benchmarks, percent of time beyond eager BatchNorm: layers by network, and whole networks."""
+    """Of the recorded benchmarks, percent of time beyond eager BatchNorm: layers by network, and whole networks.
+
+    A network that was trained at several sizes counts once: they say much the same.
+    """
     found = {}
     for path in sorted(RECORDED.glob("*.csv")):
         rows = report.load(path)
@@ -75,7 +78,8 @@ def recorded() -> dict[str, Interval]:
         networks = report.networks(rows)
         for (mode, name), ratios in networks.groupby(["mode", "candidate"], sort=False) if len(networks) else ():
             if name.startswith("brn_kernels") and "recomputing" not in name:
-                add(f"training, {mode}, {name}", list(ratios["x BatchNorm"]))
+                sizes = [list(of) for _, of in ratios["x BatchNorm"].groupby("net", sort=False)]
+                add(f"training, {mode}, {name}", [report.geometric_mean(of, [1] * len(of)) for of in sizes])
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("scipy", reason='the experiments need the extra "experiments": scipy')
 pd = pytest.importorskip("pandas")
-from experiments import docs, images, pool, record  # noqa: E402
+from experiments import docs, h_time, images, pool, record  # noqa: E402
 from experiments.__main__ import main  # noqa: E402
 from experiments.candidates import AUTO, BN, CANDIDATES, PAPER  # noqa: E402
 from experiments.claims import NAMES, experiment  # noqa: E402
@@ -262,6 +262,18 @@ def test_the_page_matches_the_numbers():
     assert docs.PAGE.read_text() == page, "run `make docs-experiments`"
     recorded = [letter for letter in NAMES if f"## Claim {letter}\n" in page]
     assert recorded and all((docs.FIGURES / f"{letter}.png").exists() for letter in recorded)
+
+
+def test_a_network_trained_at_two_sizes_counts_once(tmp_path, monkeypatch):
+    """Two sizes of one network had decided a claim, as if they were two networks."""
+    name = "amd-epyc-2-threads-avx2-full-f736e5d.csv"
+    rows = pd.read_csv(h_time.RECORDED / name)
+    trained = rows[(rows.part == "network") & (rows["mode"] == "compiled")]
+    assert trained.batch.nunique() == 2 and trained.net.nunique() == 1
+    trained.to_csv(tmp_path / name, index=False)
+    monkeypatch.setattr(h_time, "RECORDED", tmp_path)
+    found = h_time.recorded()
+    assert len(found) == 2 and all(", 1 networks" in what and more(of) == NOT_DECIDED for what, of in found.items())
 
 
 def test_a_claim_without_all_its_numbers_is_not_judged(tmp_path, monkeypatch):
