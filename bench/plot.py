@@ -110,13 +110,15 @@ def _networks(rows: pd.DataFrame) -> Any:
     if table.empty:
         return None
     flat = table.reset_index()
-    flat["what"] = flat.net + "\n" + flat.format + "\n" + flat["mode"]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    shape = flat.batch.astype(str) + " x " + flat["size"].str.replace("x", " x ")
+    flat["what"] = flat.net + "\n" + shape + "\n" + flat.format + "\n" + flat["mode"]
+    figure, axes = plt.subplots(2, 1, figsize=(12, 7), layout="constrained")
     for axis, column, title in (
         (axes[0], "x BatchNorm", "images/s, relative to BatchNorm"),
         (axes[1], "kept, MB", "kept for the backward, MB"),
     ):
-        wide = flat.pivot_table(column, "what", "candidate", sort=False)
+        wide = flat.pivot(index="what", columns="candidate", values=column).reindex(flat.what.unique())
+        wide = wide[flat.candidate.unique()].dropna(how="all")
         wide.plot.bar(
             ax=axis,
             color=[COLORS[i] for i in (1, 0, 5, 3)][: wide.shape[1]],
