@@ -112,7 +112,7 @@ def _networks(rows: pd.DataFrame) -> Any:
     flat = table.reset_index()
     shape = flat.batch.astype(str) + " x " + flat["size"].str.replace("x", " x ")
     flat["what"] = flat.net + "\n" + shape + "\n" + flat.format + "\n" + flat["mode"]
-    figure, axes = plt.subplots(2, 1, figsize=(12, 7), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(min(12, 6 + flat.what.nunique()), 7), layout="constrained")
     for axis, column, title in (
         (axes[0], "x BatchNorm", "images/s, relative to BatchNorm"),
         (axes[1], "kept, MB", "kept for the backward, MB"),
