@@ -35,12 +35,13 @@ def machine(device: torch.device) -> dict[str, str]:
     from brn_kernels import backends, node
 
     cuda = device.type == "cuda"
+    kernels = backends.resolve(backends.selected(), device.type)
     return {
         "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "driver": _driver() if cuda else "",
-        "backend": backends.resolve(backends.selected(), device.type).__name__.rpartition(".")[2],
-        "calls": IN_PYTHON if node.module() is None else "in C++",
+        "backend": kernels.__name__.rpartition(".")[2],
+        "calls": "in C++" if node.module() is not None and hasattr(kernels, "forward_in_cpp") else IN_PYTHON,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from brn_kernels import node
+
 from . import layers, training
 from .cases import ALL_FORMATS, CHANNELS, DIRECTIONS, HOST, LAYOUTS, SIZES, Case, Plan
 from .networks import NETWORKS
-from .record import IN_PYTHON, RESULTS, Recorder, machine
+from .record import RESULTS, Recorder, machine
 from .training import MODES, Training, trainings
 
 NETS_TRAINED = ("ResNet-50", "ResNeXt-101", "EfficientNet-B0", "U-Net 2d")
@@ -145,7 +147,7 @@ def run(name: str, device: torch.device, *, out: Path | None, minutes: float | N
     """
     level = levels(device.type)[name]
     about = {"level": name} | machine(device)
-    if about["calls"] == IN_PYTHON:
+    if node.module() is None:
         print("calls are in Python: `brn build` compiles them, and the host's time is less", file=sys.stderr)
     recorder = Recorder(out or default_path(about), about, fresh)
     before = set(recorder.done)

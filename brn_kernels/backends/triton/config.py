@@ -50,8 +50,9 @@ SETTINGS = {
     ("backward", "contiguous"): Settings(warps=4, accesses=2, programs=5),
     ("backward", "side by side"): Settings(warps=4, accesses=4, programs=4),
 }
-WARPS_OF_MANY_REGISTERS = 8  # of all programs on a multiprocessor, where such a bound would make the compiler spill
-ROOM_FOR_BOTH_PASSES = {("forward", "contiguous"), ("backward", "side by side")}  # in one launch, within the bound
+# Narrow accesses, float64, half-precision planes side by side, the derivatives of smooth activations, and both passes
+# in one launch (but for contiguous forwards, and float32 planes side by side, backward) need more registers
+WARPS_OF_MANY_REGISTERS = 8  # of all programs on a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,9 @@ def launch_for(
         strides = strides[::2]
     vector = _common_vector(access, (layout.inner, *strides))
     narrow = vector < access
-    settings = _settings(direction, kind, itemsize, narrow, smooth, layout.channels / multiprocessors)
+    settings = within = _settings(direction, kind, smooth, layout.channels / multiprocessors)
+    if narrow or itemsize == 8 or (smooth and direction == "backward") or (side_by_side > 1 and itemsize == 2):
+        settings = _of_many_registers(settings)
     per_thread = min(settings.accesses * access, MAX_NARROW) if narrow else settings.accesses * access
     elements = settings.warps * 32 * per_thread
     chunks, tile_channels = 1, side_by_side
@@ -206,7 +209,9 @@ def launch_for(
     outer = min(elements // inner, _power_of_2(layout.outer), _rows_in_32_bits(layout, strides))
     items = -(-layout.outer // outer) * chunks
     splits = _split(items, channel_tiles, multiprocessors * settings.programs)
-    if splits == 1 and (direction, kind) not in ROOM_FOR_BOTH_PASSES:
+    if splits == 1 and (direction, kind) == ("forward", "contiguous") and itemsize < 8:
+        settings = within  # narrow or not: all programs are to find room
+    elif splits == 1 and (direction, kind) != ("backward", "side by side"):  # there it has room for both passes
         settings = _of_many_registers(settings)
     group_rows = layout.channels_last or narrow
     return Launch(
@@ -280,19 +285,14 @@ def _rows_in_32_bits(layout: Layout, strides: tuple[int, ...]) -> int:
     return 1 << max(1, MAX_OFFSET // max(bytes_of_bits, *strides)).bit_length() - 1
 
 
-def _settings(direction: str, kind: str, itemsize: int, narrow: bool, smooth: bool, channels: float) -> Settings:
-    """The table's; smaller programs for so many channels a multiprocessor, fewer where the compiler would spill."""
+def _settings(direction: str, kind: str, smooth: bool, channels: float) -> Settings:
+    """The table's, or those of smaller programs where a multiprocessor has so many channels."""
     settings = SETTINGS[direction, kind]
-    forward_of_planes = (direction, kind) == ("forward", "contiguous")
-    if forward_of_planes and channels > settings.programs:
-        settings = _smaller(settings, channels)
-    if forward_of_planes and smooth:  # on sm_100
-        settings = dataclasses.replace(settings, programs=max(1, settings.programs * 3 // 4))
-    smooth_derivative = smooth and direction == "backward"
-    half_side_by_side = itemsize == 2 and kind == "side by side"
-    if itemsize == 8 or smooth_derivative or half_side_by_side or (narrow and not forward_of_planes):
-        settings = _of_many_registers(settings)
-    return settings
+    if (direction, kind) != ("forward", "contiguous"):
+        return settings
+    if smooth:  # spills on sm_100 otherwise
+        settings = dataclasses.replace(settings, programs=max(1, settings.programs - 1))
+    return _smaller(settings, channels) if channels > settings.programs else settings
 
 
 def _of_many_registers(settings: Settings) -> Settings:
