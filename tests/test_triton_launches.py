@@ -145,7 +145,7 @@ def test_registers_leave_room_for_a_program_of_each_channel(channels, positions,
 
 @pytest.mark.parametrize("programs", (1, 2, 4))
 def test_settings_with_few_programs_keep_one(programs, monkeypatch):
-    """`brn bench settings` tries a single program; a smooth activation takes a quarter of them away."""
+    """`brn bench settings` tries a single program; a smooth activation takes one away."""
     settings = config.Settings(4, 4, programs)
     monkeypatch.setitem(config.SETTINGS, ("forward", "contiguous"), settings)
     config.launch_for.cache_clear()
