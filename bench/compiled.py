@@ -218,9 +218,13 @@ def _resources(cubin: bytes) -> tuple[int, int, int, int, int]:
         sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     fields = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     loops = loops_that_read(sass)
-    waits = max((sum(bool(SASS_BARRIER.search(each)) for each in loop) for loop in loops), default=0)
-    longest = max(map(len, loops), default=0)
+    waits, longest = max(map(barriers, loops), default=0), max(map(len, loops), default=0)
     return int(fields["REG"]), int(fields["STACK"]), len(SASS_SPILL.findall(sass)), waits, longest
+
+
+def barriers(loop: list[str]) -> int:
+    """How often a loop's threads wait for each other."""
+    return sum(bool(SASS_BARRIER.search(instruction)) for instruction in loop)
 
 
 def loops_that_read(sass: str) -> list[list[str]]:

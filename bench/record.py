@@ -27,7 +27,6 @@ ABOUT = (
     "date",
 )  # fmt: skip
 COLUMNS = MEASURED + ABOUT
-IN_PYTHON = "in Python"
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -41,7 +40,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "driver": _driver() if cuda else "",
         "backend": kernels.__name__.rpartition(".")[2],
-        "calls": "in C++" if node.module() is not None and hasattr(kernels, "forward_in_cpp") else IN_PYTHON,
+        "calls": "in C++" if node.module() is not None and hasattr(kernels, "forward_in_cpp") else "in Python",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),

@@ -13,7 +13,7 @@ import torch
 triton = pytest.importorskip("triton")
 from bench import cli, model, predict, settings  # noqa: E402
 from bench.cases import Case, Layer  # noqa: E402
-from bench.compiled import Compiled, launches, loops_that_read  # noqa: E402
+from bench.compiled import Compiled, barriers, launches, loops_that_read  # noqa: E402
 from bench.record import RESULTS  # noqa: E402
 from brn_kernels.backends.triton import config  # noqa: E402
 
@@ -121,7 +121,7 @@ def test_loops_that_read_are_found_in_machine_code():
     def of(*instructions):
         return loops_that_read("\n".join(f"/*{16 * i:04x}*/  {it} ;" for i, it in enumerate(instructions)))
 
-    assert of("MOV R1, c[0x0][0x28]", *loop, "EXIT") == [loop]
+    assert of("MOV R1, c[0x0][0x28]", *loop, "EXIT") == [loop] and barriers(loop) == 1
     assert of("MOV R1, R2", "LDS R1, [R2]", *loop[1:], "EXIT") == []  # reads nothing of memory
     assert of("MOV R1, R2", *loop[:2], "EXIT", loop[2]) == []  # no loop: what is seldom run lies behind the end
     last = [*loop[:2], "@!P1 EXIT", loop[2]]  # of the kernel: it ends in it

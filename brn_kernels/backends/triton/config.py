@@ -174,9 +174,9 @@ def launch_for(
         smooth: it computes a smooth activation, or its derivative.
         may_be_resident: it gathers statistics; one that only writes has nothing to hold.
     """
+    smooth_derivative = smooth and direction == "backward"
     if may_be_resident:
-        many_registers = has_bits or (smooth and direction == "backward")
-        resident = _resident(direction, layout, itemsize, strides, multiprocessors, many_registers)
+        resident = _resident(direction, layout, itemsize, strides, multiprocessors, smooth_derivative or has_bits)
         if resident is not None:
             return resident
     access = max(1, ACCESS_BYTES // itemsize)
@@ -193,7 +193,7 @@ def launch_for(
     vector = _common_vector(access, (layout.inner, *strides))
     narrow = vector < access
     settings = within = _settings(direction, kind, smooth, layout.channels / multiprocessors)
-    if narrow or itemsize == 8 or (smooth and direction == "backward") or (side_by_side > 1 and itemsize == 2):
+    if narrow or itemsize == 8 or smooth_derivative or (side_by_side > 1 and itemsize == 2):
         settings = _of_many_registers(settings)
     per_thread = min(settings.accesses * access, MAX_NARROW) if narrow else settings.accesses * access
     elements = settings.warps * 32 * per_thread
